@@ -1,0 +1,360 @@
+"""Mixers, blocks and the byte language model; letters as in scan.py.
+
+Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
+later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1) are
+one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
+the rollback.
+"""
+import dataclasses
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from scan import selective_scan, ssd
+
+
+class ConfigError(ValueError):
+    """A size or a flag that cannot be; the message is one line for the user."""
+
+
+@dataclasses.dataclass
+class Config:
+    """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where a SwiGLU block follows."""
+    layers: tuple = ("mamba2",) * 4
+    d_model: int = 256
+    vocab: int = 256
+    d_state: int = 16     # n
+    expand: int = 2       # Mamba: channels d = expand * d_model
+    d_conv: int = 4       # k, taps of the causal convolution
+    head_dim: int = 64    # p, Mamba-2
+    n_group: int = 1      # g, Mamba-2
+    n_head: int = 4       # attention
+    n_kv_head: int = 4    # attention: heads of k and v, each shared by n_head / n_kv_head queries
+    window: int = 0       # attention: each position sees the last `window` positions; 0 = all
+    rope_base: float = 10000.0
+    d_mlp: int = 0        # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
+    norm: str = "rms"     # rms (weight only) or layer (weight and bias)
+    tie: bool = True      # the head shares the embedding's weight
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.layers = tuple(self.layers)
+        for layer in self.layers:
+            if layer.removesuffix("+mlp") not in MIXERS:
+                raise ConfigError(f'layer "{layer}" is not one of {", ".join(MIXERS)}')
+        for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head", "n_kv_head"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)} is not positive")
+        if not self.layers:
+            raise ConfigError("--n_layer 0: a model needs at least one layer")
+        kinds = {layer.removesuffix("+mlp") for layer in self.layers}
+        if "attention" in kinds:
+            _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
+            _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
+        if "mamba2" in kinds:
+            _divides(self.expand * self.d_model, "expand * d_model", self.head_dim, "head_dim")
+
+
+def _divides(whole, whole_name, part, part_name, times=1):
+    """Error unless part * times divides whole, with the nearest sizes that would do."""
+    unit = part * times
+    if whole % unit:
+        low = max(whole // unit, 1) * unit
+        also = f" into even sizes" if times > 1 else ""
+        raise ConfigError(f"--{whole_name} {whole} is not divisible by --{part_name} {part}{also}; try {low} or {low + unit}")
+
+
+def make_norm(c):
+    return nn.RMSNorm(c.d_model, eps=1e-5) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that Mamba and Mamba-2 share
+
+
+def causal_conv(x, weight, bias, tail):
+    """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
+
+    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x; None is zeros.
+    Returns y (b, l, d) and the tail for what comes next.
+    """
+    (b, l, d), k = x.shape, weight.shape[2]
+    if tail is None:
+        tail = x.new_zeros(b, k - 1, d)
+    seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
+    y = bias
+    for j in range(k):
+        y = torch.addcmul(y, seen[:, j:j + l], weight[:, 0, j])
+    return y, seen[:, l:]
+
+
+def init_dt_bias(size):
+    """b with softplus(b) log-uniform in [0.001, 0.1]: a step that small remembers for 1/dt, hence 10 to 1,000 bytes."""
+    dt = torch.exp(torch.rand(size) * math.log(100) + math.log(0.001)).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus, which does not overflow
+
+
+class MambaState(NamedTuple):
+    conv: torch.Tensor  # (b, k-1, channels), the last inputs of the convolution
+    h: torch.Tensor     # Mamba (b, d, n), Mamba-2 (b, nh, p, n); float32 or wider
+
+
+class Mamba(nn.Module):
+    """The block of Mamba (Gu and Dao 2023, figure 3): gate and input, convolution, selective scan, gated output.
+
+    u, z = W_in x;   u = silu(conv(u));   dt, B, C = W_x u;   y = selective_scan(u, softplus(W_dt dt + b), A, B, C, D);
+    output W_out (y * silu(z)). Channels d = expand * d_model, A = -exp(A_log), dt through a bottleneck of d_model/16.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d, n, rank = c.expand * c.d_model, c.d_state, math.ceil(c.d_model / 16)
+        self.in_proj = nn.Linear(c.d_model, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d)  # holds the weights; causal_conv does the work
+        self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(rank, d)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real: A = -1 .. -n
+        self.D = nn.Parameter(torch.ones(d))
+        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(init_dt_bias(d))
+
+    def forward(self, x, state=None):
+        n = self.A_log.shape[1]
+        conv, h = state or (None, None)
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv)
+        u = F.silu(u)
+        dt, B, C = self.x_proj(u).split([self.dt_proj.in_features, n, n], dim=-1)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
+        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
+        return self.out_proj(y * F.silu(z)), MambaState(conv, h)
+
+
+class Mamba2(nn.Module):
+    """The block of Mamba-2 (Dao and Gu 2024, section 7): one projection for everything, one decay a head, a norm at the end.
+
+    z, u, B, C, dt = W_in x;   u, B, C = silu(conv(u, B, C));   y = ssd(u, softplus(dt + dt_bias), A, B, C, D);
+    output W_out (RMSNorm(y * silu(z))): the gate comes before the norm, and each of the g groups is normed on its own.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d, nh = c.expand * c.d_model, c.expand * c.d_model // c.head_dim
+        self.sizes = [d, d + 2 * c.n_group * c.d_state, nh]  # z | x B C | dt
+        self.heads, self.groups, self.n = nh, c.n_group, c.d_state
+        self.in_proj = nn.Linear(c.d_model, sum(self.sizes), bias=False)
+        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], c.d_conv, groups=self.sizes[1])
+        self.dt_bias = nn.Parameter(init_dt_bias(nh))
+        self.A_log = nn.Parameter(torch.log(torch.empty(nh).uniform_(1, 16)))
+        self.D = nn.Parameter(torch.ones(nh))
+        self.norm = nn.RMSNorm(d)  # holds the weight; forward norms each group
+        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+
+    def forward(self, x, state=None):
+        conv, h = state or (None, None)
+        z, u, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv)
+        d, gn = self.sizes[0], self.groups * self.n
+        u, B, C = F.silu(u).split([d, gn, gn], dim=-1)
+        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
+        y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
+                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h)
+        y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(2) * self.norm.weight
+        return self.out_proj(y), MambaState(conv, h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: the baseline, and the teacher to distil from
+
+
+class AttentionState(NamedTuple):
+    k: torch.Tensor         # (b, positions kept, n_kv_head, head size), already rotated
+    v: torch.Tensor
+    position: torch.Tensor  # (), how many positions have passed
+
+
+def rotate(x, position, base):
+    """Rotary positions (Su et al. 2021), Llama's layout: channel i turns with channel i + size/2, by position * base^(-2i/size).
+
+    x (b, l, heads, size), its first position given; angles are float32 or wider.
+    """
+    half = x.shape[3] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = (position + torch.arange(x.shape[1], device=x.device, dtype=dtype))[:, None, None] * frequency  # (l, 1, half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention as in Llama: rotary positions, grouped queries, no biases.
+
+    Its state is the cache of keys and values. With a window w every position sees itself and the w - 1 before it, so a
+    cache of w - 1 is exact: constant memory here too, at the price of a model that cannot look further back.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.size = c.n_head, c.n_kv_head, c.d_model // c.n_head
+        self.window, self.base = c.window, c.rope_base
+        self.q_proj = nn.Linear(c.d_model, self.heads * self.size, bias=False)
+        self.k_proj = nn.Linear(c.d_model, self.kv_heads * self.size, bias=False)
+        self.v_proj = nn.Linear(c.d_model, self.kv_heads * self.size, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.size, c.d_model, bias=False)
+
+    def forward(self, x, state=None):
+        l = x.shape[1]
+        position = x.new_zeros((), dtype=torch.long) if state is None else state.position
+        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, self.base)
+        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), position, self.base)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+        if state is not None:
+            k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
+        kept = k.shape[1] if not self.window else min(k.shape[1], self.window - 1)
+        state = AttentionState(k[:, k.shape[1] - kept:], v[:, v.shape[1] - kept:], position + l)
+        share = self.heads // self.kv_heads
+        q, k, v = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t, r in ((q, 1), (k, share), (v, share)))
+        if l > 1 and (k.shape[2] > l or 0 < self.window < l):
+            seen, keys = k.shape[2] - l, torch.arange(k.shape[2], device=x.device)
+            ahead = keys - seen - torch.arange(l, device=x.device)[:, None]  # (l, keys), how far a key lies in the future
+            mask = ahead <= 0 if not self.window else (ahead <= 0) & (ahead > -self.window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=l > 1)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), state
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, c):
+        super().__init__()
+        hidden = c.d_mlp or -(-8 * c.d_model // 3 // 32) * 32
+        self.gate_proj = nn.Linear(c.d_model, hidden, bias=False)
+        self.up_proj = nn.Linear(c.d_model, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, c.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), and where the layer's name ends in "+mlp", x + mlp(norm(x)) after it."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.norm = make_norm(c)
+        self.mixer = MIXERS[layer.removesuffix("+mlp")](c)
+        self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if layer.endswith("+mlp") else (None, None)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, state=None):
+        y, state = self.mixer(self.norm(x), state)
+        x = x + self.dropout(y)
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, state
+
+
+class LM(nn.Module):
+    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last.
+
+    The residual stream stays in the parameters' dtype; under autocast only the projections are narrow.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab, c.d_model)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
+        self.norm_f = make_norm(c)
+        self.lm_head = nn.Linear(c.d_model, c.vocab, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if c.tie:
+            self.lm_head.weight = self.embedding.weight
+        with torch.no_grad():  # every layer adds to the residual stream: keep the sum's variance from growing with depth
+            for name, p in self.named_parameters():
+                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                    p /= math.sqrt(len(c.layers))
+
+    def forward(self, tokens, state=None):
+        x, states = self.embedding(tokens), []
+        for layer, s in zip(self.layers, state or [None] * len(self.layers)):
+            x, s = layer(x, s)
+            states.append(s)
+        return self.lm_head(self.norm_f(x)), tuple(states)
+
+    @property
+    def recurrent(self):
+        """True if the state's size does not depend on how much has been read."""
+        return not any(layer.startswith("attention") for layer in self.config.layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+FORMAT = "bytestate-1"
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be loaded or written; the message is one line for the user."""
+
+
+def save(path, model, **extra):
+    """Config, weights and whatever extra a run keeps, in one file: written under a temporary name, then renamed."""
+    path = Path(path)
+    partial = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as f:
+            torch.save({"format": FORMAT, "torch": torch.__version__, "config": dataclasses.asdict(model.config),
+                        "model": model.state_dict(), **extra}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; the file there before is untouched") from e
+
+
+def load(path, device="cpu"):
+    """(model, extra) from a file, or from a run's folder: best.pt, or last.pt if nothing has been validated yet."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not found:
+            raise CheckpointError(f"no best.pt or last.pt in {path}; train one: python train.py --out {path}")
+        path = found[0]
+    try:
+        extra = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}") from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short "
+                              f"({type(e).__name__}, {path.stat().st_size:,} bytes)") from e
+    found = extra.get("format") if isinstance(extra, dict) else type(extra).__name__
+    if found != FORMAT:
+        raise CheckpointError(f"{path} holds the format {found}, expected {FORMAT}")
+    try:
+        model = LM(Config(**extra.pop("config"))).to(device)
+        weights = extra.pop("model")
+        model.to(weights["embedding.weight"].dtype).load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
+    return model.eval(), extra

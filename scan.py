@@ -1,0 +1,416 @@
+"""The recurrence h_t = a_t h_{t-1} + b_t, from the continuous system up to fast scans.
+
+Read it top to bottom. Section 1 turns a differential equation into a recurrence; section 2 solves the recurrence by
+a loop, by a tree and in chunks; section 3 is the selective scan of Mamba, section 4 the matrix form of Mamba-2.
+Every fast path computes what the naive one defines, and tests/ hold it to that, values and gradients.
+
+Glossary. Capitals are the papers' state-space quantities, lower-case letters sizes of axes, words everything else.
+
+    here       shape                      Mamba (2312.00752)   S4 (2111.00396)
+    x          (b, l, d)                  x                    u           input
+    h          (b, d, n)                  h                    x           state
+    y          (b, l, d)                  y                    y           output
+    dt         (b, l, d), positive        Delta                Delta       step size; S4 has one a channel
+    A          (d, n), Re A < 0           A                    A           h' = A h + B x, A diagonal
+    B, C       (b, l, n)                  B, C                 B, C        into and out of the state; S4's do not move with t
+    D          (d,)                       (code only)          D           skip: y += D x
+    Abar Bbar  as dt A and dt B           A-bar, B-bar         A-bar, B-bar  discretized: h_t = Abar h_{t-1} + Bbar x_t
+    b l d n    batch, length, channels, state size; Mamba-2: nh heads of size p, g groups that share B and C
+
+The state and everything that decays it are float32 or wider, whatever the caller's dtype and autocast say: bfloat16 has
+8 bits of mantissa and rounds a decay of 0.999 to 1, so a slowly forgetting state would never forget.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
+#
+# All rules agree as dt -> 0; they differ in what they assume about x between two samples and in how stable they are.
+
+
+def discretize(dt, A, B, rule="mamba"):
+    """Abar, Bbar of one step of length dt, for a diagonal A: everything is elementwise and broadcasts.
+
+    zoh       Abar = exp(dt A),               Bbar = (exp(dt A) - 1) / A * B         exact if x is held; Mamba eq. 4
+    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2),  Bbar = dt / (1 - dt A/2) * B        trapezoid; S4 eq. 3
+    euler     Abar = 1 + dt A,                Bbar = dt B                            first order; unstable for large dt
+    mamba     Abar = exp(dt A),               Bbar = dt B                            zoh for A, Euler for B
+
+    The Mamba paper prints zoh for both, its code computes the rule named mamba here, and so do all its checkpoints: B is
+    learned, so a factor (exp(z) - 1)/z close to 1 (z = dt A) costs time and buys nothing. Real or complex.
+    """
+    z = dt * A
+    if rule == "mamba":
+        return torch.exp(z), dt * B
+    if rule == "euler":
+        return 1 + z, dt * B
+    if rule == "bilinear":
+        return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
+    if rule == "zoh":  # expm1 keeps the digits that exp(z) - 1 loses; the series keeps value and gradient at z = 0
+        safe = torch.where(z == 0, torch.ones_like(z), z)
+        return torch.exp(z), dt * torch.where(z == 0, 1 + z / 2, torch.expm1(safe) / safe) * B
+    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
+
+
+def discretize_dense(dt, A, B, rule="zoh"):
+    """The same rules for a full matrix A (n, n) and B (n,), dt a number: Abar (n, n), Bbar (n,).
+
+    zoh needs no inverse of A, which may be singular: exp(dt [[A, B], [0, 0]]) = [[Abar, Bbar], [0, 1]] (Van Loan 1978).
+    """
+    n = len(A)
+    eye = torch.eye(n, dtype=A.dtype, device=A.device)
+    if rule == "mamba":
+        return torch.linalg.matrix_exp(dt * A), dt * B
+    if rule == "euler":
+        return eye + dt * A, dt * B
+    if rule == "bilinear":
+        both = torch.linalg.solve(eye - dt / 2 * A, torch.cat([eye + dt / 2 * A, dt * B[:, None]], dim=1))
+        return both[:, :n], both[:, n]
+    if rule == "zoh":
+        both = torch.linalg.matrix_exp(dt * F.pad(torch.cat([A, B[:, None]], dim=1), (0, 0, 0, 1)))
+        return both[:n, :n], both[:n, n]
+    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
+#
+#               work      depth       extra memory
+#    naive      l         l           autograd keeps every product
+#    parallel   2 l       2 log2 l    a and b again at every level of the tree
+#    chunked    2 l       2 sqrt(l)   a running product of a; gradients by a second scan, backwards
+
+
+def scan(a, b, h0=None, impl="auto"):
+    """h_t = a_t h_{t-1} + b_t along axis 1, for any length >= 1, real or complex; h0 stands before the first step.
+
+    a broadcasts to b (b, l, ...); h0 (b, ...) has b's shape without axis 1; h (b, l, ...) is float32 or wider.
+    impl: naive, parallel, chunked, or auto, which takes chunked: it is the fastest on a CPU and needs few launches on a GPU.
+    """
+    a, b, h0 = _wide(a, b, h0)
+    if b.shape[1] == 0:
+        raise ValueError(f"scan needs at least one step; b has shape {tuple(b.shape)}")
+    if h0 is None:
+        h0 = torch.zeros_like(b[:, 0])
+    return _pick(impl, SCANS, "chunked")(a.expand_as(b), b, h0)
+
+
+def _wide(*tensors):
+    """All tensors (None stays None) in the one dtype that holds them all and is at least float32."""
+    dtype = torch.float32
+    for t in tensors:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def _pick(impl, table, auto):
+    """The function that impl names."""
+    name = auto if impl == "auto" else impl
+    if name not in table:
+        raise ValueError(f'impl "{impl}" is not one of {", ".join(table)}, auto')
+    return table[name]
+
+
+def _scan_naive(a, b, h):
+    """The definition. unbind, not a[:, t]: the backward of an index writes a zero tensor as large as a, at every step."""
+    hs = []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
+        h = a_t * h + b_t
+        hs.append(h)
+    return torch.stack(hs, dim=1)
+
+
+def _scan_parallel(a, b, h0):
+    """Blelloch's associative scan (1990): two steps are one, (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2).
+
+    Pair the steps, scan the pairs (half as long), and the even positions follow from the odd ones by one step each.
+    """
+    b = torch.cat([b[:, :1] + a[:, :1] * h0[:, None], b[:, 1:]], dim=1)  # the first step carries h0
+    return _associative(a, b)
+
+
+def _associative(a, b):
+    l = b.shape[1]
+    if l == 1:
+        return b
+    a1, a2, b1, b2 = a[:, 0:l - 1:2], a[:, 1::2], b[:, 0:l - 1:2], b[:, 1::2]  # l odd: the last step has no partner
+    odd = _associative(a2 * a1, a2 * b1 + b2)  # h_1, h_3, ...
+    even = torch.cat([b[:, :1], a[:, 2::2] * odd[:, :(l - 1) // 2] + b[:, 2::2]], dim=1)  # h_0, h_2, ...
+    h = torch.stack([even[:, :l // 2], odd], dim=2).flatten(1, 2)
+    return h if l % 2 == 0 else torch.cat([h, even[:, -1:]], dim=1)
+
+
+class _ScanChunked(torch.autograd.Function):
+    """sqrt(l) chunks of sqrt(l) steps: all chunks step together from h = 0, then the carries run through them.
+
+    Inside a chunk h_t = (h_t from zero) + (a_t ... a_first) h_in, since the recurrence is linear in its initial state.
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2): with g_t = dL/dh_t in total,
+        g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, h0):
+        h = _chunks_then_carries(a, b, h0)
+        ctx.save_for_backward(a, h, h0)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        a, h, h0 = ctx.saved_tensors
+        a_next = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1).conj()  # nothing comes after the last step
+        g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
+        before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
+        return g * before.conj(), g, a[:, 0].conj() * g[:, 0]
+
+
+def _chunks_then_carries(a, b, h):
+    size = max(1, math.isqrt(b.shape[1]))
+    whole = b.shape[1] // size * size
+    out = torch.empty_like(b)
+    chunks = out[:, :whole].unflatten(1, (-1, size))  # (b, chunks, size, ...)
+    step, decay = torch.zeros_like(chunks[:, :, 0]), torch.ones_like(chunks[:, :, 0])
+    decays = torch.empty_like(chunks)
+    for t in range(size):
+        a_t = a[:, t:whole:size]
+        step = chunks[:, :, t] = a_t * step + b[:, t:whole:size]
+        decay = decays[:, :, t] = a_t * decay
+    for k in range(chunks.shape[1]):
+        h = torch.addcmul(chunks[:, k], decays[:, k], h[:, None], out=chunks[:, k])[:, -1]
+    for t in range(whole, b.shape[1]):  # fewer than sqrt(l) steps are left over
+        h = out[:, t] = a[:, t] * h + b[:, t]
+    return out
+
+
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _ScanChunked.apply}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The selective scan (Mamba, section 3): dt, B and C move with the input, so the model chooses what to keep
+#
+# It is the scan above with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. What makes it hard is memory: the
+# inputs have b l d numbers, the states b l d n. The fast path therefore never holds all of them at once.
+
+
+def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
+
+    x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
+    dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
+    Gradients reach every input, also through h_last. impl: naive, parallel, chunked, auto.
+    """
+    (b, l, d), n = x.shape, A.shape[1]
+    for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
+                           ("C", C, (b, l, n)), ("D", D, (d,)), ("h0", h0, (b, d, n))):
+        if t is not None and t.shape != shape or l == 0:
+            raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
+    wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
+    if h0 is None:
+        h0 = wide.new_zeros(b, d, n)
+    path = _pick(impl, SELECTIVE_SCANS, "naive" if l == 1 else "chunked")  # one step needs no machinery
+    with torch.autocast(x.device.type, enabled=False):
+        y, h = path(wide, dt, A, B, C, h0)
+    return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
+
+
+def _selective_naive(x, dt, A, B, C, h):
+    """The definition, one step at a time."""
+    ys = []
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        Abar, Bbar = discretize(dt_t[:, :, None], A, B_t[:, None], "mamba")  # (b, d, n)
+        h = Abar * h + Bbar * x_t[:, :, None]
+        ys.append((h * C_t[:, None]).sum(-1))  # (b, d)
+    return torch.stack(ys, dim=1), h
+
+
+def _selective_parallel(x, dt, A, B, C, h0):
+    """All states at once through the associative scan: log depth, but several tensors of b l d n numbers."""
+    Abar, Bbar = discretize(dt[..., None], A, B[:, :, None], "mamba")  # (b, l, d, n)
+    h = scan(Abar, Bbar * x[..., None], h0, "parallel")
+    return torch.einsum("bldn,bln->bld", h, C), h[:, -1]
+
+
+class _SelectiveChunked(torch.autograd.Function):
+    """Chunk after chunk, each small enough that its states stay in the processor's cache.
+
+    Forward keeps the state at every chunk's start and forgets the rest; backward computes a chunk's states again and walks
+    it in reverse. With g_t = dL/dh_t in total (section 2) and w_t = g_t a_t h_{t-1} = dL/d(dt_t A):
+        g_t = C_t dy_t + a_{t+1} g_{t+1}
+        dC_t = sum_d h_t dy_t       dB_t = sum_d g_t dt_t x_t      dx_t = dt_t sum_n g_t B_t
+        ddt_t = sum_n w_t A + x_t sum_n g_t B_t                    dA = sum_{b,t} w_t dt_t
+    Channels lie last in memory, (b, t, n, d): a step is one in-place multiply-add over whole rows, and sums over n or d
+    are matrix products of a single row. On two cores the floor is the exponential, once in each direction.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h0):
+        (b, l, d), n = x.shape, A.shape[1]
+        A = A.T.contiguous()  # (n, d)
+        u = dt * x
+        chunks = _chunk_slices(b, l, d * n)
+        starts = x.new_empty(len(chunks), b, n, d)
+        buffers = x.new_empty(2, b, chunks[0].stop, n, d)
+        y, h = torch.empty_like(x), h0.transpose(1, 2)
+        for start, s in zip(starts, chunks):
+            start.copy_(h)
+            _, hs, h = _states(dt[:, s], A, u[:, s], B[:, s], start, buffers)
+            y[:, s] = (C[:, s, None] @ hs).squeeze(2)
+        ctx.save_for_backward(x, dt, A, B, C, starts)
+        return y, h.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh):
+        x, dt, A, B, C, starts = ctx.saved_tensors
+        b, l, d = x.shape
+        dx, ddt, dB, dC = torch.empty_like(x), torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
+        dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
+        chunks = _chunk_slices(b, l, A.numel())
+        buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
+        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1}, from the step after the chunk
+        for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
+            x_s, dt_s, dy_s = x[:, s], dt[:, s], dy[:, s]
+            u = dt_s * x_s
+            a, h, _ = _states(dt_s, A, u, B[:, s], start, buffers)
+            g = torch.mul(C[:, s, :, None], dy_s[:, :, None], out=buffers[2, :, :x_s.shape[1]])
+            a_t, g_t = a.unbind(1), g.unbind(1)
+            g_t[-1].add_(carry)
+            for t in range(len(g_t) - 2, -1, -1):
+                g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])
+            carry = a_t[0] * g_t[0]
+            du = (B[:, s, None] @ g).squeeze(2)  # (b, t, d)
+            dx[:, s] = du * dt_s
+            dB[:, s] = (u[:, :, None] @ g.transpose(2, 3)).squeeze(2)
+            dC[:, s] = (dy_s[:, :, None] @ h.transpose(2, 3)).squeeze(2)
+            w = a.mul_(g)
+            w[:, 1:].mul_(h[:, :-1])
+            w[:, 0].mul_(start)
+            for w_t, dt_t in zip(w.unbind(1), dt_s[:, :, None].unbind(1)):
+                dA.addcmul_(w_t, dt_t)
+            ddt[:, s] = w.mul_(A).sum(2).addcmul_(du, x_s)
+        return dx, ddt, dA.sum(0).T, dB, dC, carry.transpose(1, 2)
+
+
+def _chunk_slices(b, l, state):
+    """Slices of the length axis: 16 to 64 steps, as many as keep a buffer of states near 2 MB."""
+    size = min(l, max(16, min(64, 2**19 // (b * state))))
+    return [slice(i, min(i + size, l)) for i in range(0, l, size)]
+
+
+def _states(dt, A, u, B, h, buffers):
+    """Decays a (b, t, n, d) and states h of one chunk, written into two reused buffers, and the last state."""
+    a = torch.mul(dt[:, :, None], A, out=buffers[0, :, :dt.shape[1]]).exp_()
+    hs = torch.mul(u[:, :, None], B[..., None], out=buffers[1, :, :dt.shape[1]])
+    for a_t, h_t in zip(a.unbind(1), hs.unbind(1)):
+        h = h_t.addcmul_(a_t, h)
+    return a, hs, h
+
+
+SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "chunked": _SelectiveChunked.apply}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. SSD (Mamba-2): one decay a head instead of one a channel and state, so that the scan becomes matrix products
+#
+# Unroll h_t = a_t h_{t-1} + dt_t B_t x_t with a scalar a_t = exp(dt_t A), read it out by C_t, and attention appears:
+#     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,      L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
+# with C as queries, B as keys, dt x as values and a decay where softmax was. Dao and Gu call it state-space duality.
+#
+#                work         memory beside the inputs      what it is
+#    naive       l p n        autograd keeps every state    the recurrence
+#    quadratic   l^2 (n + p)  l^2 a head                    masked attention
+#    chunked     l q (n + p)  l q a head                    quadratic inside chunks of q, the scan of section 2 between
+
+
+def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (Mamba-2, sections 5 and 6)
+
+    x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
+    D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto.
+    """
+    (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
+    for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
+                           ("D", D, (nh,)), ("h0", h0, (b, nh, p, n))):
+        if t is not None and t.shape != shape or l == 0 or nh % g:
+            raise ValueError(f"ssd: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1 and g dividing nh")
+    wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
+    if h0 is None:
+        h0 = wide.new_zeros(b, nh, p, n)
+    path = _pick(impl, SSDS, "naive" if l == 1 else "chunked")
+    with torch.autocast(x.device.type, enabled=False):
+        y, h = path(wide, dt, A, B, C, h0)
+        y = y if D is None else torch.addcmul(y, wide, D[:, None])
+    return y.to(x.dtype), h
+
+
+def _ssd_naive(x, dt, A, B, C, h):
+    """The definition, one step at a time."""
+    heads = x.shape[2] // B.shape[2]
+    B, C = B.repeat_interleave(heads, dim=2), C.repeat_interleave(heads, dim=2)  # (b, l, nh, n)
+    ys = []
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        h = torch.exp(dt_t * A)[..., None, None] * h + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]
+        ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
+    return torch.stack(ys, dim=1), h
+
+
+def _log_decays(dt, A):
+    """c = cumsum(dt A) along axis 1, in float64 where the device has it: exp(c_i - c_j) of a float32 sum over 8,192 steps
+    is 0.3 % wrong, because the difference of two large numbers keeps only their absolute precision."""
+    wide = dt.dtype if dt.device.type == "mps" else torch.float64
+    return torch.cumsum(dt.to(wide) * A, dim=1)
+
+
+def _ssd_quadratic(x, dt, A, B, C, h0):
+    """Masked attention over the whole length."""
+    c = _log_decays(dt, A)
+    return _ssd_attend(x, dt, c, B, C, h0), _ssd_last_state(x, dt, c, B, h0)
+
+
+def _ssd_chunked(x, dt, A, B, C, h0, size=64):
+    """Three steps: every chunk's last state as if it began from zero, a scan that carries states from chunk to chunk, and
+    attention inside the chunks, each from its true initial state. A last chunk that is shorter goes by itself."""
+    b, l = x.shape[:2]
+    if l <= size:
+        return _ssd_quadratic(x, dt, A, B, C, h0)
+    whole = l // size * size
+    chunks = [t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in (x, dt, B, C)]  # (b chunks, size, ...)
+    c = _log_decays(chunks[1], A)
+    ends = _ssd_last_state(chunks[0], chunks[1], c, chunks[2], None)
+    decay = c[:, -1].to(x.dtype).exp()  # (b chunks, nh), over a whole chunk
+    h = scan(decay.unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
+    starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
+    y = _ssd_attend(chunks[0], chunks[1], c, chunks[2], chunks[3], starts).unflatten(0, (b, -1)).flatten(1, 2)
+    if whole == l:
+        return y, h[:, -1]
+    y_tail, h_last = _ssd_quadratic(x[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], h[:, -1])
+    return torch.cat([y, y_tail], dim=1), h_last
+
+
+def _ssd_attend(x, dt, c, B, C, h0):
+    """y_i = exp(c_i) h0 C_i + sum_{j <= i} exp(c_i - c_j) (C_i . B_j) dt_j x_j for every position i."""
+    l, g = x.shape[1], B.shape[2]
+    c = c.transpose(1, 2)  # (b, nh, l)
+    # subtle: mask before the exp, for exp(positive) may be inf, and inf * 0 is NaN in the backward pass
+    future = torch.ones(l, l, dtype=torch.bool, device=x.device).triu(1)
+    L = (c[..., :, None] - c[..., None, :]).to(x.dtype).masked_fill(future, -torch.inf).exp()  # (b, nh, l, l)
+    C = C.transpose(1, 2)
+    scores = C @ B.permute(0, 2, 3, 1)  # (b, g, l, l)
+    inside = (L.unflatten(1, (g, -1)) * scores[:, :, None]).flatten(1, 2) @ (dt[..., None] * x).transpose(1, 2)
+    from_h0 = C[:, :, None] @ h0.unflatten(1, (g, -1)).transpose(3, 4)  # (b, g, nh/g, l, p)
+    return torch.addcmul(inside, c.to(x.dtype).exp()[..., None], from_h0.flatten(1, 2)).transpose(1, 2)
+
+
+def _ssd_last_state(x, dt, c, B, h0):
+    """h_last = exp(c_l) h0 + sum_j exp(c_l - c_j) dt_j x_j B_j^T; an h0 of None is zero."""
+    decay = (c[:, -1:] - c).to(x.dtype).exp()  # (b, l, nh)
+    u = ((dt * decay)[..., None] * x).unflatten(2, (B.shape[2], -1))  # (b, l, g, nh/g, p)
+    h = (u.permute(0, 2, 3, 4, 1) @ B.transpose(1, 2)[:, :, None]).flatten(1, 2)  # (b, nh, p, n)
+    return h if h0 is None else torch.addcmul(h, c[:, -1, :, None, None].to(x.dtype).exp(), h0)
+
+
+SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}

@@ -1,0 +1,241 @@
+"""scan.py against its definition: every path, every length, values and gradients, in float64."""
+import math
+
+import pytest
+import torch
+
+from scan import SCANS, SELECTIVE_SCANS, discretize, discretize_dense, scan, selective_scan
+
+LENGTHS = [1, 2, 3, 7, 8, 31, 64, 100, 257]
+F64 = torch.float64
+b, d, n = 2, 3, 5  # pairwise distinct primes: a transposed axis cannot pass
+
+
+def close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def inputs(l, dtype=F64, dt_max=0.5, seed=0):
+    """x, dt, A, B, C, D, h0 of a selective scan."""
+    torch.manual_seed(seed)
+    x, B, C = torch.randn(b, l, d), torch.randn(b, l, n), torch.randn(b, l, n)
+    dt, A, D, h0 = torch.rand(b, l, d) * dt_max, -torch.rand(d, n) * 3, torch.randn(d), torch.randn(b, d, n)
+    return [t.to(dtype) for t in (x, dt, A, B, C, D, h0)]
+
+
+def values_and_gradients(f, tensors):
+    """Outputs of f and the gradients of a fixed random functional of all of them."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    outs = f(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    gen = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o.dtype) for o in outs]
+    grads = torch.autograd.grad(outs, leaves, weights)
+    return [*outs, *grads]
+
+
+# Discretization
+
+
+def test_all_rules_agree_as_dt_goes_to_zero():
+    """Each rule is a first-order approximation of the same flow: differences vanish like dt^2 or faster."""
+    A, B = torch.tensor([-0.5, -3.0, 0.0], dtype=F64), torch.tensor([1.0, -2.0, 0.7], dtype=F64)
+    for dt in (1e-3, 1e-4):
+        exact = discretize(torch.tensor(dt, dtype=F64), A, B, "zoh")
+        for rule in ("bilinear", "euler", "mamba"):
+            for got, want in zip(discretize(torch.tensor(dt, dtype=F64), A, B, rule), exact):
+                assert (got - want).abs().max() < 10 * dt**2
+
+
+def test_zoh_and_bilinear_of_a_scalar():
+    """a = -1/2, dt = 0.1: exp(-0.05), 2 (1 - exp(-0.05)); (1 - 0.025)/(1 + 0.025), 0.1/1.025."""
+    dt, A, B = (torch.tensor(v, dtype=F64) for v in (0.1, -0.5, 1.0))
+    close(torch.stack(discretize(dt, A, B, "zoh")), torch.tensor([0.951229424501, 0.097541150999], dtype=F64), 1e-11)
+    close(torch.stack(discretize(dt, A, B, "bilinear")), torch.tensor([0.951219512195, 0.097560975610], dtype=F64), 1e-11)
+
+
+def test_zoh_and_bilinear_differ_by_dt_a_cubed_over_twelve():
+    """Series of (1 + z/2)/(1 - z/2) - exp(z) = z^3/12 + O(z^4), for a complex pole too."""
+    a = torch.tensor(-0.5 + math.pi * 1j, dtype=torch.complex128)
+    for dt in (1e-2, 1e-3):
+        zoh, bilinear = (discretize(torch.tensor(dt, dtype=F64), a, a, rule)[0] for rule in ("zoh", "bilinear"))
+        assert abs((zoh - bilinear).abs() / (dt * a.abs()) ** 3 * 12 - 1) < 2 * dt
+
+
+def test_zoh_holds_at_a_pole_of_zero_with_its_gradient():
+    """A = 0: Bbar = dt B, and d Bbar / dA = dt^2 B / 2."""
+    A = torch.tensor([0.0, -1e-9], dtype=F64, requires_grad=True)
+    Abar, Bbar = discretize(torch.tensor(0.3, dtype=F64), A, torch.tensor(2.0, dtype=F64), "zoh")
+    close(Bbar.detach(), torch.full((2,), 0.6, dtype=F64), 1e-8)
+    close(torch.autograd.grad(Bbar.sum(), A)[0], torch.full((2,), 0.09, dtype=F64), 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler", "mamba"])
+def test_dense_discretization_of_a_diagonal_matrix_is_the_elementwise_one(rule):
+    A, B, dt = torch.tensor([-0.3, -2.0, 0.0], dtype=F64), torch.tensor([1.0, 0.5, -2.0], dtype=F64), 0.37
+    for dense, want in zip(discretize_dense(dt, torch.diag(A), B, rule), discretize(torch.tensor(dt, dtype=F64), A, B, rule)):
+        close(dense, torch.diag(want) if dense.ndim == 2 else want)
+
+
+def test_dense_discretization_of_legs():
+    """HiPPO-LegS for n = 4 and dt = 0.1 keeps a constant: Abar e_0 + Bbar = e_0 (HiPPO, 2008.07669)."""
+    m = torch.arange(4, dtype=F64)
+    root = torch.sqrt(2 * m + 1)
+    A, e0 = -torch.tril(root[:, None] * root[None], -1) - torch.diag(m + 1), torch.eye(4, dtype=F64)[0]
+    diagonals = {"bilinear": [0.9047619048, 0.8181818182, 0.7391304348, 0.6666666667],
+                 "zoh": [0.9048374180, 0.8187307531, 0.7408182207, 0.6703200460]}
+    for rule, diagonal in diagonals.items():
+        Abar, Bbar = discretize_dense(0.1, A, root, rule)
+        close(Abar.diagonal(), torch.tensor(diagonal, dtype=F64), 1e-9)
+        close(Abar @ e0 + Bbar, e0)
+    close(discretize_dense(0.1, A, root, "bilinear")[0][3, 2], torch.tensor(-0.4287014336, dtype=F64), 1e-9)
+
+
+def test_gated_rnn_is_the_one_dimensional_case_under_zoh():
+    """Mamba theorem 1: A = -1, B = 1, dt = softplus(z) gives h_t = (1 - s(z)) h_{t-1} + s(z) x_t, s the sigmoid."""
+    z = torch.linspace(-4, 4, 9, dtype=F64)
+    Abar, Bbar = discretize(torch.nn.functional.softplus(z), -torch.ones_like(z), torch.ones_like(z), "zoh")
+    close(Abar, 1 - torch.sigmoid(z))
+    close(Bbar, torch.sigmoid(z))
+
+
+def test_but_not_under_the_rule_the_mamba_code_uses():
+    """Bbar = dt B is softplus(z), not sigmoid(z): they part as dt grows."""
+    z = torch.linspace(-4, 4, 9, dtype=F64)
+    Abar, Bbar = discretize(torch.nn.functional.softplus(z), -torch.ones_like(z), torch.ones_like(z), "mamba")
+    close(Abar, 1 - torch.sigmoid(z))
+    assert (Bbar - torch.sigmoid(z)).abs().max() > 1
+
+
+# The plain scan
+
+
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("impl", [name for name in SCANS if name != "naive"])
+def test_all_scans_agree_for_every_length(impl, l, dtype, with_h0):
+    torch.manual_seed(l)
+    tensors = [torch.randn(b, l, d, dtype=dtype) * 0.7, torch.randn(b, l, d, dtype=dtype)]
+    tensors += [torch.randn(b, d, dtype=dtype)] * with_h0
+    for got, want in zip(values_and_gradients(lambda *t: scan(*t, impl=impl), tensors),
+                         values_and_gradients(lambda *t: scan(*t, impl="naive"), tensors)):
+        close(got, want)
+
+
+@pytest.mark.parametrize("impl", SCANS)
+def test_decay_broadcasts_to_the_input(impl):
+    torch.manual_seed(0)
+    a, x = torch.rand(1, 7, 1, dtype=F64), torch.randn(b, 7, d, dtype=F64)
+    got = values_and_gradients(lambda a, x: scan(a, x, impl=impl), [a, x])
+    want = values_and_gradients(lambda a, x: scan(a.expand(b, 7, d), x, impl="naive"), [a, x])
+    assert got[1].shape == a.shape
+    for g, w in zip(got, want):
+        close(g, w)
+
+
+def test_gradient_of_a_scan_is_a_reversed_scan():
+    """Martin and Cundy 2018, section 2.2: db is the scan of dh from the end, with the decays shifted by one."""
+    torch.manual_seed(0)
+    a, x, dh = (torch.randn(b, 11, d, dtype=F64) for _ in range(3))
+    x.requires_grad_()
+    db, = torch.autograd.grad(scan(a, x, impl="naive"), x, dh)
+    shifted = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
+    close(db, scan(shifted.flip(1), dh.flip(1)).flip(1))
+
+
+def test_scan_refuses_a_misspelt_path_and_an_empty_sequence():
+    x = torch.randn(b, 4, d)
+    with pytest.raises(ValueError, match="naive, parallel, chunked"):
+        scan(x, x, impl="paralel")
+    with pytest.raises(ValueError, match="at least one step"):
+        scan(x[:, :0], x[:, :0])
+
+
+# The selective scan
+
+
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("impl", ["auto"] + [name for name in SELECTIVE_SCANS if name != "naive"])
+def test_all_selective_scans_agree_for_every_length(impl, l, with_h0):
+    """Values, last state, and gradients to x, dt, A, B, C, D, h0 through both outputs."""
+    tensors = inputs(l)[:6 + with_h0]
+    for got, want in zip(values_and_gradients(lambda *t: selective_scan(*t, impl=impl), tensors),
+                         values_and_gradients(lambda *t: selective_scan(*t, impl="naive"), tensors)):
+        close(got, want)
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_selective_scan_passes_gradcheck(impl):
+    """Against finite differences, which know nothing of our derivation."""
+    tensors = [t.requires_grad_() for t in inputs(5)]
+    assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, impl=impl), tensors)
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+@pytest.mark.parametrize("cut", [1, 2, 50, 99])
+def test_any_split_of_a_sequence_gives_the_whole_sequence(impl, cut):
+    x, dt, A, B, C, D, h0 = inputs(100)
+    y, h = selective_scan(x, dt, A, B, C, D, h0, impl)
+    y1, h1 = selective_scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, h0, impl)
+    y2, h2 = selective_scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, h1, impl)
+    close(torch.cat([y1, y2], 1), y)
+    close(h2, h)
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_a_step_of_length_zero_changes_nothing(impl):
+    """exp(0 A) = 1 and 0 B x = 0: the state passes bit for bit, which is what padding and rollback rest on."""
+    x, dt, A, B, C, D, h0 = inputs(7, torch.float32)
+    _, h = selective_scan(x, torch.zeros_like(dt), A, B, C, D, h0, impl)
+    assert torch.equal(h, h0)
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_the_future_cannot_be_seen(impl):
+    tensors = inputs(31)
+    y, _ = selective_scan(*tensors, impl=impl)
+    for i in (0, 1, 3, 4):  # x, dt, B, C
+        changed = [t.clone() for t in tensors]
+        changed[i][:, 20:] += 1
+        y2, _ = selective_scan(*changed, impl=impl)
+        assert torch.equal(y2[:, :20], y[:, :20]) and not torch.allclose(y2[:, 20:], y[:, 20:])
+
+
+def test_the_initial_state_enters_linearly():
+    """y_t(h0) = y_t(0) + C_t exp(A sum dt) h0: what lets chunks be computed apart and joined later."""
+    x, dt, A, B, C, D, h0 = inputs(9)
+    y, _ = selective_scan(x, dt, A, B, C, D, h0)
+    y0, _ = selective_scan(x, dt, A, B, C, D)
+    decay = torch.exp(dt.cumsum(1)[..., None] * A)  # (b, l, d, n)
+    close(y, y0 + torch.einsum("bln,bldn,bdn->bld", C, decay, h0))
+
+
+@pytest.mark.parametrize("dt_max, l", [(0.1, 1024), (5.0, 4001)])
+@pytest.mark.parametrize("impl", ["parallel", "chunked"])
+def test_float32_stays_within_2e6_of_float64(impl, dt_max, l):
+    """Relative to the largest element, outputs and every gradient."""
+    tensors = inputs(l, torch.float32, dt_max)
+    got = values_and_gradients(lambda *t: selective_scan(*t, impl=impl), tensors)
+    want = values_and_gradients(lambda *t: selective_scan(*t, impl="chunked"), [t.double() for t in tensors])
+    for g, w in zip(got, want):
+        assert (g - w).abs().max() <= 2e-6 * w.abs().max()
+
+
+def test_bfloat16_inputs_keep_a_float32_state():
+    """bfloat16 rounds 0.999 to 1: a state in bfloat16 would never forget; ours does."""
+    assert torch.tensor(0.999).bfloat16() == 1
+    l = 2000
+    x = torch.zeros(1, l, 1, dtype=torch.bfloat16)
+    dt, A, B = torch.full_like(x, 1.0), torch.tensor([[math.log(0.999)]]), torch.ones(1, l, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = selective_scan(x, dt, A, B, B, h0=torch.ones(1, 1, 1))
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    assert abs(h.item() - 0.999**l) < 1e-4
+
+
+def test_selective_scan_names_the_misshapen_input():
+    x, dt, A, B, C, D, h0 = inputs(7)
+    with pytest.raises(ValueError, match=r"B has shape \(2, 6, 5\), expected \(2, 7, 5\)"):
+        selective_scan(x, dt, A, B[:, :6], C)

@@ -1,0 +1,469 @@
+"""Train a byte language model: python train.py, or -h for the flags.
+
+In order: the flags, where it runs, what the optimizer decays, validation, the run's folder, the loop.
+Every figure is in bits per byte: nats / ln 2.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.corpus import DataError, compressed_bpb, load_corpus, windows
+from model import LM, CheckpointError, Config, ConfigError, load, save
+
+USER_ERRORS = (ConfigError, CheckpointError, DataError)  # one line for the user, exit status 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags: one dataclass a script, every field a flag
+
+
+def flag(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def parse(cls, argv, description):
+    """The dataclass cls from the command line, each field a --flag of its name, type and default, and a dict of what was
+    given there. A bad flag is a ConfigError; -h prints and exits."""
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(cls):
+        text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        p.add_argument("--" + f.name, help=text.replace("%", "%%"), **kind)
+
+    def error(message):
+        raise ConfigError(f"{message}; -h lists the flags")
+
+    p.error = error
+    given = vars(p.parse_args(argv))
+    return cls(**given), given
+
+
+def run_script(run, argv):
+    """run(argv) with the errors that are the user's to mend turned into one line and exit status 2."""
+    try:
+        return run(argv)
+    except USER_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+@dataclass
+class Flags:
+    data: str = flag("python", "a file, a folder, or a known corpus: python, shakespeare, enwik8")
+    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2 or attention")
+    out: str = flag("", "folder of the run (default: out/LAYER)")
+    steps: int = flag(650, "optimizer steps, unless --minutes is given")
+    minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
+    resume: bool = flag(False, "go on with the run in --out; flags not given are the run's own")
+    eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
+    eval_every: int = flag(0, "validate every so many steps too, not only at the end")
+    seed: int = flag(1, "of the weights, the windows and dropout")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    dtype: str = flag("auto", "float32, bfloat16 (autocast) or float64; auto is bfloat16 on CUDA, else float32")
+    compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
+    d_model: int = flag(256, "width")
+    n_layer: int = flag(4, "layers")
+    d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2")
+    head_dim: int = flag(32, "mamba2: channels of a head")
+    n_head: int = flag(4, "attention: heads")
+    dropout: float = flag(0.0, "on every layer's output, while training")
+    seq_len: int = flag(512, "bytes in a window")
+    batch_size: int = flag(8, "windows in a step, over all processes")
+    accumulate: int = flag(1, "parts a process cuts its windows into, one after the other, to save memory")
+    lr: float = flag(4e-3, "peak learning rate")
+    warmup: int = flag(50, "steps of linear warm-up, under a cosine that falls to 5 % of the peak")
+    weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+
+
+MODEL_FLAGS = ("layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
+D_STATE = {"mamba": 16, "mamba2": 32}
+
+
+def check(c):
+    """Values that no later step would refuse with a better message."""
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "d_model", "n_layer"):
+        if getattr(c, name) < 1:
+            raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
+    for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed"):
+        if not 0 <= getattr(c, name) < math.inf:
+            raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up")
+    if not 0 <= c.dropout < 1:
+        raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
+
+
+def make_config(c):
+    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, as in the papers."""
+    layer = "attention+mlp" if c.layer == "attention" else c.layer
+    return Config(layers=(layer,) * c.n_layer, d_model=c.d_model, d_state=c.d_state or D_STATE.get(c.layer, 16),
+                  head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout,
+                  window=c.seq_len if c.layer == "attention" else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs
+
+
+def pick_device(name):
+    """torch.device from a flag; auto is CUDA, then Apple's mps, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from e
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ConfigError(f"--device {name} holds no numbers; try --device cpu")
+    return device
+
+
+def pick_dtype(name, device):
+    """(dtype of the parameters, autocast context) from a flag: bfloat16 means float32 parameters under autocast."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name not in ("float32", "bfloat16", "float64"):
+        raise ConfigError(f"--dtype {name} is not one of auto, float32, bfloat16, float64")
+    cast = torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
+    return torch.float64 if name == "float64" else torch.float32, cast
+
+
+def join_processes(device):
+    """(rank, number of processes, device): one process, or those that torchrun started, each with its own GPU."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; the second acts at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.signal = number
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def decay_groups(model):
+    """{"decayed": names, "not decayed": names}: only the weights of linear layers are pulled towards zero.
+
+    By name, since shape misleads: A_log has two axes, and decaying it would pull every A towards -1. The embedding is not
+    decayed, also where the head shares it.
+    """
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [name for name, _ in model.named_parameters()]  # a shared tensor appears once, as the embedding
+    return {"decayed": [n for n in names if n in linear], "not decayed": [n for n in names if n not in linear]}
+
+
+def make_optimizer(model, lr, weight_decay):
+    parameters, groups = dict(model.named_parameters()), decay_groups(model)
+    return torch.optim.AdamW([{"params": [parameters[n] for n in groups["decayed"]], "weight_decay": weight_decay},
+                              {"params": [parameters[n] for n in groups["not decayed"]], "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.98), fused=next(model.parameters()).device.type != "mps")
+
+
+def describe(model):
+    """The parameter table: what is decayed and what is not, by the last part of the name."""
+    parameters = dict(model.named_parameters())
+    lines = [f"{sum(p.numel() for p in parameters.values()):,} parameters"]
+    for group, names in decay_groups(model).items():
+        kinds = sorted({".".join(p for p in n.split(".")[-2:] if not p.isdigit()) for n in names})
+        lines.append(f"  {group:12}{sum(parameters[n].numel() for n in names):>12,}  {' '.join(kinds)}")
+    return "\n".join(lines)
+
+
+def learning_rate(c, step, progress):
+    """Linear warm-up times a cosine from the peak at progress 0 to 5 % of it at 1."""
+    return c.lr * min(1.0, (step + 1) / max(c.warmup, 1)) * (0.525 + 0.475 * math.cos(math.pi * min(progress, 1.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+class Interrupted(Exception):
+    """Validation was cut short by a signal."""
+
+
+@torch.inference_mode()
+def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None):
+    """Bits per byte of data, each byte scored once; a newline stands before the first.
+
+    Not carried: windows of seq_len, each from an empty state, so a byte is predicted from what its window has shown.
+    Carried: one stream, the state handed from piece to piece, so from everything before it, in constant memory.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
+    whole = len(data) // seq_len * seq_len
+    pieces = []  # (tokens read, tokens predicted), each (b, l)
+    if carried:
+        cuts = range(0, len(data), seq_len * batch_size)
+        pieces = [(read[None, i:i + seq_len * batch_size], data[None, i:i + seq_len * batch_size]) for i in cuts]
+    else:
+        rows, targets = read[:whole].reshape(-1, seq_len), data[:whole].reshape(-1, seq_len)
+        pieces = [(rows[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+        if whole < len(data):
+            pieces.append((read[None, whole:], data[None, whole:]))
+    nats, state = 0.0, None
+    for tokens, targets in tqdm(pieces, desc="validating" + ", carried" * carried, leave=False, disable=None):
+        if stop is not None and stop.signal:
+            raise Interrupted
+        tokens, targets = (torch.from_numpy(t.astype(np.int64)).to(device) for t in (tokens, targets))
+        with cast:
+            logits, state = model(tokens, state if carried else None)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    model.train()
+    return nats / math.log(2) / len(data)
+
+
+def validate(model, val, c, cast, stop=None):
+    """{"val_bpb": ..., "val_bpb_carried": ... or None}; attention has no state to carry for ever."""
+    return {"val_bpb": evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop),
+            "val_bpb_carried": evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop) if model.recurrent else None}
+
+
+def report(result, val, seq_len):
+    """The figures on the screen, beside what compressors need for the same bytes."""
+    print(f"validation  {result['val_bpb']:.4f} bits per byte, windows of {seq_len}")
+    if result["val_bpb_carried"] is not None:
+        print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
+    if len(val) <= 20_000_000:  # xz would take minutes
+        print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder: best.pt, last.pt, log.jsonl
+
+
+def open_run(c, given):
+    """(flags, model and extra of last.pt or None, folder): a new run, or the one to resume with its own flags."""
+    folder = Path(c.out or f"out/{c.layer}")
+    last = folder / "last.pt"
+    if not c.resume:
+        if any((folder / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
+            raise ConfigError(f"{folder} holds a run; go on with it: --out {folder} --resume; or choose another --out")
+        return c, None, folder
+    model, extra = load(last)
+    if "flags" not in extra:
+        raise CheckpointError(f"{last} holds a model but no run to resume")
+    for name in MODEL_FLAGS:
+        if name in given and given[name] != extra["flags"][name]:
+            raise ConfigError(f"--resume: the run in {folder} has --{name} {extra['flags'][name]}, not {given[name]}; "
+                              "leave the flag out or choose another --out")
+    changed = [f"--{n} {v} (was {extra['flags'][n]})" for n, v in given.items() if extra["flags"].get(n, v) != v]
+    if set(given) & {"steps", "minutes"} == {"steps"}:
+        given = {**given, "minutes": 0.0}
+    c = dataclasses.replace(Flags(**extra["flags"]), **given)
+    print(f"resuming {last} at step {extra['step']}" + (", with " + ", ".join(changed) if changed else ""))
+    return c, (model, extra), folder
+
+
+def open_log(folder, step):
+    """log.jsonl, without lines that a crash left behind after the checkpoint."""
+    path = folder / "log.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        return open(path, "a", buffering=1)
+    except OSError as e:
+        raise ConfigError(f"--out {folder} cannot be written: {e}") from e
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+SAVE_SECONDS = 60  # a crash loses at most this much training
+
+
+def train_step(model, optimizer, batch, c, cast, lr):
+    """One step on this process's windows, (b, seq_len + 1): the mean loss in nats, a tensor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    total = 0.0
+    parts = batch.chunk(c.accumulate)
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1  # gradients are averaged over processes once a step, with the last part
+        with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            with cast:
+                logits, _ = model(part[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                                   part[:, 1:].flatten()) * (len(part) / len(batch))
+            loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def run(argv):
+    c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
+    if c.eval_only:
+        return eval_only(c, given)
+    c, resumed, folder = open_run(c, given)
+    check(c)
+    rank, world, device = join_processes(pick_device(c.device))
+    if c.batch_size % (world * c.accumulate):
+        raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
+    dtype, cast = pick_dtype(c.dtype, device)
+    corpus = load_corpus(c.data)
+    windows(corpus.train, c.seq_len + 1, 1, 0, 0)  # an error now if a window does not fit
+
+    torch.manual_seed(c.seed)
+    model, extra = resumed or (LM(make_config(c)), {"step": 0, "seconds": 0.0, "best_bpb": math.inf})
+    model.to(device, dtype).train()
+    optimizer = make_optimizer(model, c.lr, c.weight_decay)
+    if resumed:
+        optimizer.load_state_dict(extra["optimizer"])
+        torch.set_rng_state(extra["random"].cpu())
+    elif rank:
+        torch.manual_seed(c.seed + rank)  # dropout differs from process to process
+    fast = torch.compile(model) if c.compile else model
+    if world > 1:
+        fast = nn.parallel.DistributedDataParallel(fast)
+
+    step, seconds, best, saved = extra["step"], extra["seconds"], extra["best_bpb"], extra["seconds"]
+    if rank == 0:
+        log = open_log(folder, step)
+        print(f"data        {corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; {corpus.note}")
+        print(f"model       {c.layer} x {c.n_layer}, d_model {c.d_model}: {describe(model)}")
+        print(f"runs on     {device}, {c.dtype if c.dtype != 'auto' else 'bfloat16' if device.type == 'cuda' else 'float32'}"
+              f", {torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {folder}", flush=True)
+
+    def progress():
+        return seconds / (60 * c.minutes) if c.minutes else step / c.steps
+
+    def checkpoint(name):
+        save(folder / name, model, optimizer=optimizer.state_dict(), step=step, seconds=seconds, best_bpb=best,
+             flags=dataclasses.asdict(c), random=torch.get_rng_state())
+
+    def record(**figures):
+        keys = ("train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second")
+        log.write(json.dumps({"step": step, "bytes": step * c.batch_size * c.seq_len, "seconds": round(seconds, 3),
+                              **{k: figures.get(k) for k in keys}}) + "\n")
+
+    def validate_and_keep():
+        nonlocal best
+        checkpoint("last.pt")
+        result = validate(model, corpus.val, c, cast, stop)
+        record(**result)
+        if result["val_bpb"] < best:
+            best = result["val_bpb"]
+            checkpoint("best.pt")
+        return result
+
+    stop = Stop()
+    bar = tqdm(total=1.0, initial=min(progress(), 1.0), disable=rank > 0, dynamic_ncols=True,
+               bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}")
+    try:
+        while progress() < 1 and not stop.signal:
+            began = time.perf_counter()
+            lr = learning_rate(c, step, progress())
+            batch = torch.from_numpy(windows(corpus.train, c.seq_len + 1, c.batch_size, c.seed, step))
+            loss = train_step(fast, optimizer, batch.chunk(world)[rank].to(device), c, cast, lr)
+            if world > 1:
+                dist.all_reduce(loss)
+                loss /= world
+            nats = loss.item()
+            if not math.isfinite(nats):
+                raise ConfigError(f"the loss is {nats} at step {step}, learning rate {lr:.2e}; {last_good(folder)}")
+            step, took = step + 1, time.perf_counter() - began
+            seconds += took
+            if world > 1:  # process 0's clock and signals rule, or the others would stop at another step
+                shared = torch.tensor([seconds, stop.signal], dtype=torch.float64, device=device)
+                dist.broadcast(shared, 0)
+                seconds, stop.signal = shared[0].item(), int(shared[1])
+            if rank:
+                continue
+            speed = c.batch_size * c.seq_len / took
+            if step == 1:
+                bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {model.config.vocab} = "
+                          f"{math.log(model.config.vocab):.3f}")
+            record(train_bpb=nats / math.log(2), lr=lr, bytes_per_second=round(speed, 1))
+            bar.set_postfix_str(f"step {step} | {nats / math.log(2):.3f} bits per byte | {speed:,.0f} bytes/s", refresh=False)
+            bar.update(min(progress(), 1.0) - bar.n)
+            if c.eval_every and step % c.eval_every == 0 and progress() < 1:
+                result = validate_and_keep()
+                bar.write(f"step {step}  validation {result['val_bpb']:.4f} bits per byte")
+            elif seconds - saved > SAVE_SECONDS:
+                saved = seconds
+                checkpoint("last.pt")
+        bar.close()
+        if rank == 0:
+            if stop.signal:
+                checkpoint("last.pt")
+                raise Interrupted
+            report(validate_and_keep(), corpus.val, c.seq_len)
+            print(f"saved       {folder}/best.pt; read what it writes: python sample.py --ckpt {folder}")
+    except Interrupted:
+        bar.close()
+        print(f"stopped at step {step}, saved {folder}/last.pt; go on: python train.py --out {folder} --resume")
+        return 128 + stop.signal
+    finally:
+        stop.restore()
+        if world > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+def last_good(folder):
+    """What is left when a run blows up."""
+    if (folder / "last.pt").exists():
+        return f"the last good checkpoint is {folder}/last.pt; go on from it with a lower --lr and --resume"
+    return "nothing was saved before it; try a lower --lr"
+
+
+def eval_only(c, given):
+    """Validate what --out holds, on its own corpus and windows unless flags say otherwise."""
+    check(c)
+    device = pick_device(c.device)
+    dtype, cast = pick_dtype(c.dtype, device)
+    path = c.out or f"out/{c.layer}"
+    model, extra = load(path, device)
+    c = dataclasses.replace(Flags(**extra.get("flags", {})), **given)
+    corpus = load_corpus(c.data)
+    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
+    report(validate(model.to(dtype), corpus.val, c, cast), corpus.val, c.seq_len)
+    return 0
+
+
+def main(argv=None):
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
