@@ -1,0 +1,387 @@
+"""Where the bytes come from: files, folders, the standard library, downloads (from a server of our own)."""
+import hashlib
+import io
+import os
+import re
+import socket
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from data import corpus
+from data.corpus import DataError, compressed_bpb, load_corpus, whole_file, windows
+
+PAYLOAD = bytes(np.random.default_rng(0).integers(0, 256, 200_003, dtype=np.uint8))
+SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def failure(name, cache):
+    """The message of the DataError that `name` must raise: one line."""
+    with pytest.raises(DataError) as error:
+        load_corpus(str(name), cache)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def both(found):
+    return found.train.tobytes() + found.val.tobytes()
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+
+def test_any_file_is_a_corpus_and_its_last_tenth_validates(tmp_path):
+    data = bytes(range(256)) * 4 + b"end"
+    path = write(tmp_path / "any.bin", data)
+    found = load_corpus(str(path), tmp_path / "cache")
+    assert both(found) == data and len(found.val) == 103 and found.train.dtype == found.val.dtype == np.uint8
+    assert not (tmp_path / "cache").exists()  # mapped where it lies
+
+
+def test_two_bytes_are_the_smallest_corpus(tmp_path):
+    found = load_corpus(str(write(tmp_path / "two", b"ab")), tmp_path)
+    assert found.train.tobytes() == b"a" and found.val.tobytes() == b"b"
+
+
+@pytest.mark.parametrize("data", [b"", b"a"])
+def test_files_too_small_to_split_are_refused(tmp_path, data):
+    assert f"has {len(data)} bytes" in failure(write(tmp_path / "small", data), tmp_path)
+
+
+def test_a_misspelt_name_is_answered_with_the_known_names(tmp_path):
+    message = failure("shakespear", tmp_path)
+    assert "no such file or folder" in message and "python, shakespeare, enwik8" in message
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path):
+    assert "no such file or folder" in failure("", tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in failure(tmp_path / "pipe", tmp_path)
+
+
+def test_an_unreadable_file_is_a_one_line_error(tmp_path, monkeypatch):
+    def refuse(path, *rest, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+    path = write(tmp_path / "secret", b"text")
+    monkeypatch.setattr(corpus.np, "memmap", refuse)  # chmod would not stop root
+    assert "Permission denied" in failure(path, tmp_path)
+
+
+def test_a_known_name_wins_over_a_path_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "python" / "a.txt", b"0123456789")
+    assert "standard library" in load_corpus("python", tmp_path / "cache").note
+    assert both(load_corpus("./python", tmp_path / "cache")) == b"0123456789"
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------
+
+def test_a_folder_is_its_text_files_in_sorted_order(tmp_path):
+    for name in ("b/1.txt", "a.txt", "b/0.txt", "c.md"):
+        write(tmp_path / "texts" / name, f"<{name}>".encode())
+    found = load_corpus(str(tmp_path / "texts"), tmp_path / "cache")
+    assert both(found) == b"<a.txt><b/0.txt><b/1.txt><c.md>" and found.note.startswith("4 files")
+    assert len(found.val) == 4  # the last tenth of 31 bytes, rounded up
+
+
+def test_what_a_folder_skips_is_counted_by_reason(tmp_path):
+    texts = tmp_path / "texts"
+    write(texts / "kept.txt", b"kept bytes")
+    write(texts / "late.txt", b"x" * 8192 + b"\0")  # a NUL after the first 8 KB is no sign
+    write(texts / "image.png", b"\x89PNG\0\0")
+    write(texts / ".hidden", b"no")
+    write(texts / ".git" / "config", b"no")
+    (texts / "gone").symlink_to(tmp_path / "nothing")
+    (texts / "itself").symlink_to(texts / "itself")
+    os.mkfifo(texts / "pipe")
+    found = load_corpus(str(texts), tmp_path / "cache")
+    assert both(found) == b"kept bytes" + b"x" * 8192 + b"\0"
+    assert "2 files" in found.note and "(skipped: 1 binary, 2 hidden, 3 unreadable)" in found.note
+
+
+def test_links_that_form_a_loop_end(tmp_path):
+    write(tmp_path / "texts" / "deep" / "a.txt", b"once only!")
+    (tmp_path / "texts" / "deep" / "up").symlink_to(tmp_path / "texts")
+    found = load_corpus(str(tmp_path / "texts"), tmp_path / "cache")
+    assert both(found) == b"once only!" and "1 linked folder" in found.note
+
+
+def test_a_folder_without_text_is_refused_with_the_reasons(tmp_path):
+    write(tmp_path / "bin" / "a.out", b"\x7fELF\0")
+    assert "1 binary" in failure(tmp_path / "bin", tmp_path / "cache")
+
+
+def test_a_corpus_never_holds_itself(tmp_path):
+    """The cache may lie inside the folder that is read, as it does for --data . in the project itself."""
+    write(tmp_path / "a.txt", b"0123456789")
+    for _ in range(2):
+        assert both(load_corpus(str(tmp_path), tmp_path / "cache")) == b"0123456789"
+    assert "no text files" in failure(tmp_path / "cache", tmp_path / "cache")
+
+
+def test_a_folder_is_joined_once_and_again_when_its_listing_changes(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "texts" / "a.txt", b"first text"), tmp_path / "cache"
+    load_corpus(str(path.parent), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "whole_file", None)  # any writing would raise
+        assert both(load_corpus(str(path.parent), cache)) == b"first text"
+    path.write_bytes(b"other text")  # the same size, another time
+    os.utime(path, (1, 1))
+    assert both(load_corpus(str(path.parent), cache)) == b"other text"
+
+
+def test_a_crash_leaves_no_half_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with whole_file(tmp_path / "cache" / "x.bin") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with whole_file(tmp_path / "x") as one, whole_file(tmp_path / "x") as two:
+        one.write(b"same")
+        two.write(b"same")
+    assert (tmp_path / "x").read_bytes() == b"same" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_a_one_line_error(tmp_path):
+    write(tmp_path / "texts" / "a.txt", b"0123456789")
+    assert "writable" in failure(tmp_path / "texts", write(tmp_path / "cache", b"a file, not a folder"))
+
+
+# ---- The standard library --------------------------------------------------------------------------------
+
+def test_python_validates_on_every_20th_file_in_the_order_of_hashed_paths(tmp_path, monkeypatch):
+    names = [f"{folder}m{i}.py" for folder in ("", "email/", "a/b/") for i in range(14)]  # 42 files
+    for name in names:
+        write(tmp_path / "lib" / name, f"<{name}>".encode())
+    for folder in ("site-packages", "dist-packages", "test", "a/tests", "idlelib"):
+        write(tmp_path / "lib" / folder / "x.py", b"not wanted")
+    write(tmp_path / "lib" / "a.txt", b"not wanted")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
+    order = sorted(names, key=lambda name: hashlib.sha1(name.encode()).hexdigest())
+    found = load_corpus("python", tmp_path / "cache")
+    assert found.val.tobytes() == f"<{order[0]}><{order[20]}><{order[40]}>".encode()
+    train = order[1:20] + order[21:40] + order[41:]
+    assert found.train.tobytes() == "".join(f"<{name}>" for name in train).encode()
+
+
+def test_python_is_megabytes_of_source_here_too(tmp_path):
+    """About 11 MB, of which about a twentieth validates; source code takes gzip about 2 bits a byte."""
+    found = load_corpus("python", tmp_path)
+    assert 4e6 < len(found.train) < 3e7 and 0.02 < len(found.val) / len(found.train) < 0.15
+    assert 1.5 < compressed_bpb(found.val[:200_000])["gzip -9"] < 2.5
+
+
+def test_a_python_without_sources_says_what_to_use_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda key: str(tmp_path / "python311.zip"))
+    assert "use --data FILE" in failure("python", tmp_path / "cache")
+
+
+# ---- Downloads -------------------------------------------------------------------------------------------
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.body, answers Range unless told not to, breaks off after server.limit bytes."""
+    def do_GET(self):
+        body, asked = self.server.body, self.headers["Range"]
+        self.server.asked.append(asked)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.ranges else 0
+        if start and start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:][:self.server.limit])
+
+    def log_message(self, *rest):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine in the place of both download sites, with a small body and its digest."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.body, server.asked, server.ranges, server.limit = PAYLOAD, [], True, None
+    for name, item in corpus.DOWNLOADS.items():
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        monkeypatch.setitem(corpus.DOWNLOADS, name, item._replace(url=url, size=len(PAYLOAD), sha256=SHA256))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def zipped(*members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i, data in enumerate(members):
+            archive.writestr(f"member{i}", data)
+    return out.getvalue()
+
+
+def test_a_download_happens_once(server, tmp_path):
+    for _ in range(2):
+        assert both(load_corpus("shakespeare", tmp_path)) == PAYLOAD
+    assert server.asked == [None] and os.listdir(tmp_path) == ["shakespeare.txt"]
+
+
+def test_enwik8_is_unzipped_and_split_90_5_5(server, tmp_path):
+    server.body = zipped(PAYLOAD)
+    found = load_corpus("enwik8", tmp_path)
+    n = len(PAYLOAD)
+    assert found.train.tobytes() == PAYLOAD[:n * 90 // 100]
+    assert found.val.tobytes() == PAYLOAD[n * 90 // 100:n * 95 // 100]
+    assert os.listdir(tmp_path) == ["enwik8"]
+
+
+def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
+    server.limit = 70_001
+    for seen in (70_001, 140_002):
+        assert f"broke off at {seen:,} of 200,003 bytes" in failure("shakespeare", tmp_path)
+        assert (tmp_path / "shakespeare.txt.part").read_bytes() == PAYLOAD[:seen]
+    assert both(load_corpus("shakespeare", tmp_path)) == PAYLOAD
+    assert server.asked == [None, "bytes=70001-", "bytes=140002-"]
+
+
+def test_a_server_that_ignores_range_is_understood(server, tmp_path):
+    server.ranges = False
+    write(tmp_path / "shakespeare.txt.part", PAYLOAD[:1000])
+    assert both(load_corpus("shakespeare", tmp_path)) == PAYLOAD
+    assert server.asked == ["bytes=1000-"]
+
+
+def test_a_part_longer_than_the_file_is_cut_by_a_server_that_ignores_range(server, tmp_path):
+    server.ranges = False
+    write(tmp_path / "shakespeare.txt.part", b"?" * (len(PAYLOAD) + 5))
+    assert both(load_corpus("shakespeare", tmp_path)) == PAYLOAD
+
+
+def test_a_part_that_is_already_complete_is_used(server, tmp_path):
+    """The server answers 416, there being no bytes after the last."""
+    write(tmp_path / "enwik8.zip.part", zipped(PAYLOAD))
+    server.body = zipped(PAYLOAD)
+    load_corpus("enwik8", tmp_path)
+    assert os.listdir(tmp_path) == ["enwik8"]
+
+
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", zipped(b"other bytes")], ids=["page", "zip"])
+def test_wrong_bytes_are_refused_with_both_digests_and_only_the_part_is_deleted(server, tmp_path, body):
+    write(tmp_path / "mine.txt", b"mine")
+    server.body = body
+    found = hashlib.sha256(b"other bytes" if body[:2] == b"PK" else body).hexdigest()
+    message = failure("enwik8", tmp_path)
+    assert SHA256 in message and found in message and os.listdir(tmp_path) == ["mine.txt"]
+    server.body = zipped(PAYLOAD)
+    load_corpus("enwik8", tmp_path)  # and the next try is a fresh one
+
+
+def test_a_spoilt_part_costs_one_try(server, tmp_path):
+    """As long as the file, it is answered with 416; the digest shows it, and the next try starts afresh."""
+    part = write(tmp_path / "shakespeare.txt.part", PAYLOAD[:-1] + b"?")
+    assert "the download is deleted" in failure("shakespeare", tmp_path) and not part.exists()
+    assert both(load_corpus("shakespeare", tmp_path)) == PAYLOAD
+
+
+def test_without_a_network_the_error_says_where_to_put_which_file(monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        for name, item in list(corpus.DOWNLOADS.items()):
+            monkeypatch.setitem(corpus.DOWNLOADS, name, item._replace(url=url))
+        assert f"by hand at {tmp_path / 'shakespeare.txt'}" in failure("shakespeare", tmp_path)
+        assert f"by hand at {tmp_path / 'enwik8'} or {tmp_path / 'enwik8.zip'}" in failure("enwik8", tmp_path)
+
+
+def test_a_page_that_is_gone_is_reported_with_its_address(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
+    assert "404" in (message := failure("shakespeare", tmp_path)) and "127.0.0.1" in message
+
+
+@pytest.mark.parametrize("form, data", [("enwik8", PAYLOAD), ("enwik8.zip", zipped(PAYLOAD))],
+                         ids=["file", "zip"])
+def test_a_file_put_there_by_hand_needs_no_network(server, tmp_path, form, data):
+    write(tmp_path / form, data)
+    load_corpus("enwik8", tmp_path)
+    assert server.asked == [] and (tmp_path / form).read_bytes() == data
+
+
+@pytest.mark.parametrize("form, data, words", [
+    ("enwik8", PAYLOAD[:-1], SHA256),
+    ("enwik8.zip", zipped(PAYLOAD[:-1]), SHA256),
+    ("enwik8.zip", zipped(PAYLOAD)[:99_999], SHA256),
+    ("enwik8.zip", zipped(PAYLOAD, b"more"), "2 files inside"),
+    ("enwik8.zip", zipped(PAYLOAD).replace(PAYLOAD[500:520], b"?" * 20), "damaged zip"),
+], ids=["short", "wrong", "cut", "two files", "bad checksum"])
+def test_a_wrong_file_put_there_by_hand_is_refused_and_kept(server, tmp_path, form, data, words):
+    write(tmp_path / form, data)
+    assert words in (message := failure("enwik8", tmp_path)) and "replace that file" in message
+    assert server.asked == [] and os.listdir(tmp_path) == [form]
+    assert (tmp_path / form).read_bytes() == data
+
+
+def test_downloads_at_once_do_no_harm_to_each_other(server, tmp_path):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(both(load_corpus("shakespeare", tmp_path))))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert PAYLOAD in found and (tmp_path / "shakespeare.txt").read_bytes() == PAYLOAD
+
+
+# ---- Windows and compressors -----------------------------------------------------------------------------
+
+def test_windows_are_consecutive_bytes_of_the_data():
+    data = np.arange(251, dtype=np.uint8)
+    batch = windows(data, 7, 5, seed=3, step=11)
+    assert batch.shape == (5, 7) and batch.dtype == np.int64 and (np.diff(batch) == 1).all()
+
+
+def test_windows_are_a_pure_function_of_seed_and_step():
+    data = np.random.default_rng(0).integers(0, 256, 9973, dtype=np.uint8)
+    first, later = windows(data, 31, 3, seed=1, step=2), windows(data, 31, 3, seed=1, step=3)
+    assert (windows(data, 31, 3, seed=1, step=2) == first).all()
+    assert (later != first).any() and (windows(data, 31, 3, seed=2, step=1) != first).any()
+
+
+def test_windows_reach_the_first_and_the_last_byte():
+    data = np.arange(11, dtype=np.uint8)
+    starts = {int(start) for step in range(20) for start in windows(data, 7, 5, seed=0, step=step)[:, 0]}
+    assert starts == {0, 1, 2, 3, 4}
+    assert (windows(data, 11, 2, seed=0, step=0) == data).all()
+
+
+def test_data_shorter_than_a_window_is_refused_with_both_numbers():
+    with pytest.raises(DataError, match="has 6 bytes, but one window needs 7; lower --seq_len"):
+        windows(np.zeros(6, np.uint8), 7, 1, seed=0, step=0)
+
+
+def test_windows_of_a_mapped_file_are_ordinary_writable_arrays(tmp_path):
+    found = load_corpus(str(write(tmp_path / "f", PAYLOAD)), tmp_path)
+    batch = windows(found.train, 31, 3, seed=0, step=0)
+    assert type(batch) is np.ndarray and batch.flags.writeable and not found.train.flags.writeable
+
+
+def test_compressors_find_eight_bits_in_noise_and_almost_none_in_zeros():
+    assert all(8 <= bpb < 8.1 for bpb in compressed_bpb(np.frombuffer(PAYLOAD, np.uint8)).values())
+    assert all(0 < bpb < 0.02 for bpb in compressed_bpb(np.zeros(100_003, np.uint8)).values())
+
+
+def test_a_python_built_without_xz_still_has_the_other_figures(monkeypatch):
+    monkeypatch.setitem(corpus.importlib.sys.modules, "lzma", None)
+    assert list(compressed_bpb(np.zeros(100, np.uint8))) == ["gzip -9", "bz2 -9"]
