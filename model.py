@@ -88,9 +88,12 @@ def causal_conv(x, weight, bias, tail):
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
+    taps = weight[:, 0].T  # (k, d)
+    if l == 1:  # a byte at a time: one product
+        return (seen * taps).sum(1, keepdim=True) + bias, seen[:, 1:]
     y = bias
     for j in range(k):
-        y = torch.addcmul(y, seen[:, j:j + l], weight[:, 0, j])
+        y = torch.addcmul(y, seen[:, j:j + l], taps[j])
     return y, seen[:, l:]
 
 
@@ -323,7 +326,7 @@ def save(path, model, **extra):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as f:
-            torch.save({"format": FORMAT, "torch": torch.__version__, "config": dataclasses.asdict(model.config),
+            torch.save({"format": FORMAT, "torch": str(torch.__version__), "config": dataclasses.asdict(model.config),
                         "model": model.state_dict(), **extra}, f)
             f.flush()
             os.fsync(f.fileno())

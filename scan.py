@@ -20,6 +20,8 @@ Glossary. Capitals are the papers' state-space quantities, lower-case letters si
 The state and everything that decays it are float32 or wider, whatever the caller's dtype and autocast say: bfloat16 has
 8 bits of mantissa and rounds a decay of 0.999 to 1, so a slowly forgetting state would never forget.
 """
+import contextlib
+import functools
 import math
 
 import torch
@@ -101,11 +103,17 @@ def scan(a, b, h0=None, impl="auto"):
 
 def _wide(*tensors):
     """All tensors (None stays None) in the one dtype that holds them all and is at least float32."""
-    dtype = torch.float32
-    for t in tensors:
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if dtypes == {torch.float32}:
+        return tensors
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def _no_autocast(device):
+    """A context in which nothing is narrowed; entering one costs as much as a small layer's step, so only where needed."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def _pick(impl, table, auto):
@@ -212,7 +220,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     if h0 is None:
         h0 = wide.new_zeros(b, d, n)
     path = _pick(impl, SELECTIVE_SCANS, "naive" if l == 1 else "chunked")  # one step needs no machinery
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
     return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
 
@@ -341,7 +349,7 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     if h0 is None:
         h0 = wide.new_zeros(b, nh, p, n)
     path = _pick(impl, SSDS, "naive" if l == 1 else "chunked")
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
         y = y if D is None else torch.addcmul(y, wide, D[:, None])
     return y.to(x.dtype), h
@@ -371,7 +379,7 @@ def _ssd_quadratic(x, dt, A, B, C, h0):
     return _ssd_attend(x, dt, c, B, C, h0), _ssd_last_state(x, dt, c, B, h0)
 
 
-def _ssd_chunked(x, dt, A, B, C, h0, size=64):
+def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     """Three steps: every chunk's last state as if it began from zero, a scan that carries states from chunk to chunk, and
     attention inside the chunks, each from its true initial state. A last chunk that is shorter goes by itself."""
     b, l = x.shape[:2]

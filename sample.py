@@ -1,0 +1,163 @@
+"""Let a trained model write: python sample.py --ckpt out/mamba2 --prompt "def ".
+
+A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention keeps a cache of
+its last window.
+"""
+import codecs
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from model import ConfigError, load
+from train import flag, parse, pick_device, pick_dtype, run_script
+
+PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the result
+
+
+@dataclass
+class Flags:
+    ckpt: str = flag("out/mamba2", "a checkpoint, or a run's folder")
+    prompt: str = flag("", "text to go on from; empty begins as after a newline")
+    prompt_file: str = flag("", "the same from a file, any bytes; - is standard input")
+    bytes: int = flag(500, "how many to write")
+    temperature: float = flag(0.8, "0 always takes the likeliest byte, 1 samples from the model as it is")
+    top_k: int = flag(0, "sample from the k likeliest bytes only; 0 is all")
+    top_p: float = flag(1.0, "sample from the fewest bytes that together reach this probability")
+    seed: int = flag(1, "the same seed writes the same bytes")
+    batch: int = flag(1, "how many texts; more than one are printed when all are done")
+    raw: bool = flag(False, "write the exact bytes; without it what is not UTF-8 is shown as U+FFFD")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The law to sample from, as probabilities (..., v): softmax(logits / temperature), cut down and normed again.
+
+    top_k keeps the k likeliest, then top_p the fewest that reach p together (Holtzman et al. 2020), always at least one.
+    Temperature 0 puts everything on the likeliest, the first one in a tie. Logits (..., v), computed in float32 or wider.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        order = logits.argsort(-1, descending=True, stable=True)  # exactly k are kept, also in a tie
+        logits = logits.scatter(-1, order[..., top_k:], -torch.inf)
+    probabilities = torch.softmax(logits, -1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(-1, descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # those before it reach p already
+        beyond[..., 0] = False
+        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(beyond, 0))
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+@torch.inference_mode()
+def prefill(model, tokens):
+    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), and the state."""
+    state = None
+    for piece in tokens.split(PREFILL, dim=1):
+        logits, state = model(piece, state)
+    return logits[:, -1], state
+
+
+@torch.inference_mode()
+def generate(model, tokens, count, law, generator=None):
+    """Yields count further tokens, each (b,), after the prompt tokens (b, l >= 1); law maps logits to probabilities."""
+    logits, state = prefill(model, tokens)
+    for i in range(count):
+        token = torch.multinomial(law(logits), 1, generator=generator)  # (b, 1)
+        yield token[:, 0]
+        if i + 1 < count:
+            logits, state = model(token, state)
+            logits = logits[:, -1]
+
+
+class Writer:
+    """Bytes to a stream as soon as they can be shown: exactly, or as UTF-8 with complete characters only."""
+
+    def __init__(self, stream, raw):
+        self.stream, self.raw = stream, raw
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, data, final=False):
+        if not self.raw:
+            data = self.decoder.decode(data, final).encode()
+        self.stream.write(data)
+        self.stream.flush()
+
+
+def read_prompt(c):
+    """The prompt's bytes, from --prompt, a file or standard input."""
+    if c.prompt and c.prompt_file:
+        raise ConfigError("--prompt and --prompt_file exclude each other; give one")
+    if not c.prompt_file:
+        return c.prompt.encode("utf-8", "surrogateescape")
+    try:
+        if c.prompt_file == "-":
+            return sys.stdin.buffer.read()
+        with open(c.prompt_file, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise ConfigError(f"--prompt_file {c.prompt_file} cannot be read: {e.strerror}") from e
+
+
+def check(c):
+    for name in ("bytes", "batch"):
+        if getattr(c, name) < 1:
+            raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
+    if not 0 <= c.temperature < float("inf"):
+        raise ConfigError(f"--temperature {c.temperature} is not a number from 0 up")
+    if c.top_k < 0 or not 0 < c.top_p <= 1:
+        raise ConfigError(f"--top_k {c.top_k} must be 0 or more, --top_p {c.top_p} in (0, 1]")
+
+
+def run(argv):
+    c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
+    check(c)
+    device = pick_device(c.device)
+    dtype, cast = pick_dtype(c.dtype, device)
+    model, _ = load(c.ckpt, device)
+    model.to(dtype)
+    prompt = read_prompt(c)
+    if not model.recurrent:
+        print(f"attention keeps a cache of its last {model.config.window} positions", file=sys.stderr)
+    tokens = torch.tensor([list(prompt or b"\n")] * c.batch, device=device)
+    generator = torch.Generator(device).manual_seed(c.seed)
+
+    def law(logits):
+        return filter_logits(logits, c.temperature, c.top_k, c.top_p)
+
+    try:
+        with cast:
+            write(generate(model, tokens, c.bytes, law, generator), prompt, c)
+    except (KeyboardInterrupt, BrokenPipeError) as e:  # Ctrl-C, or a reader such as head that has seen enough
+        sys.stdout = None if isinstance(e, BrokenPipeError) else sys.stdout  # nothing is left to flush it into
+        return 130
+    return 0
+
+
+def write(stream, prompt, c):
+    """One text as it comes; several one after the other when all are done."""
+    out, end = sys.stdout.buffer, b"" if c.raw else b"\n"
+    if c.batch == 1:
+        writer = Writer(out, c.raw)
+        writer.write(prompt)
+        for token in stream:
+            writer.write(bytes(token.tolist()))
+        return writer.write(end, final=True)
+    texts = torch.stack([token.cpu() for token in tqdm(stream, total=c.bytes, disable=None)], dim=1)
+    for i, text in enumerate(texts.tolist()):
+        heading = b"" if c.raw else f"--- {i + 1} of {c.batch}\n".encode()
+        Writer(out, c.raw).write(heading + prompt + bytes(text) + end, final=True)
+
+
+def main(argv=None):
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
