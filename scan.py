@@ -401,16 +401,36 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
 
 def _ssd_attend(x, dt, c, B, C, h0):
     """y_i = exp(c_i) h0 C_i + sum_{j <= i} exp(c_i - c_j) (C_i . B_j) dt_j x_j for every position i."""
-    l, g = x.shape[1], B.shape[2]
-    c = c.transpose(1, 2)  # (b, nh, l)
-    # subtle: mask before the exp, for exp(positive) may be inf, and inf * 0 is NaN in the backward pass
-    future = torch.ones(l, l, dtype=torch.bool, device=x.device).triu(1)
-    L = (c[..., :, None] - c[..., None, :]).to(x.dtype).masked_fill(future, -torch.inf).exp()  # (b, nh, l, l)
+    g, c = B.shape[2], c.transpose(1, 2)  # c (b, nh, l)
     C = C.transpose(1, 2)
-    scores = C @ B.permute(0, 2, 3, 1)  # (b, g, l, l)
-    inside = (L.unflatten(1, (g, -1)) * scores[:, :, None]).flatten(1, 2) @ (dt[..., None] * x).transpose(1, 2)
+    scores = (C @ B.permute(0, 2, 3, 1)).tril()  # (b, g, l, l), zero where j > i
+    L = _Decays.apply(c, x.dtype).unflatten(1, (g, -1)) * scores[:, :, None]  # (b, g, nh/g, l, l)
+    inside = L.flatten(1, 2) @ (dt[..., None] * x).transpose(1, 2)  # (b, nh, l, p)
     from_h0 = C[:, :, None] @ h0.unflatten(1, (g, -1)).transpose(3, 4)  # (b, g, nh/g, l, p)
     return torch.addcmul(inside, c.to(x.dtype).exp()[..., None], from_h0.flatten(1, 2)).transpose(1, 2)
+
+
+class _Decays(torch.autograd.Function):
+    """L_ij = exp(c_i - c_j) for j <= i, from c (b, nh, l) that never increases; above the diagonal 1, for tril to remove.
+
+    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become inf,
+    and inf times the zero of a mask is NaN. dL/dc_i adds up row i of W = dL L and takes off column i; autograd would go
+    through the same numbers four times, in float64.
+    """
+
+    @staticmethod
+    def forward(ctx, c, dtype):
+        L = torch.empty(*c.shape, c.shape[-1], dtype=dtype, device=c.device)
+        torch.sub(c[..., :, None], c[..., None, :], out=L).clamp_(max=0).exp_()
+        ctx.save_for_backward(L)
+        ctx.dtype = c.dtype
+        return L
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dL):
+        W = dL * ctx.saved_tensors[0]
+        return (W.sum(-1) - W.sum(-2)).to(ctx.dtype), None
 
 
 def _ssd_last_state(x, dt, c, B, h0):

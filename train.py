@@ -5,6 +5,7 @@ Every figure is in bits per byte: nats / ln 2.
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -151,6 +152,15 @@ def join_processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def keep_memory():
+    """Linux: reuse freed memory instead of returning it. glibc hands each large tensor back to the system and takes the
+    next one as fresh pages, which the kernel zeroes one by one: a fifth of a step's time on two cores."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 class Stop:
@@ -340,6 +350,7 @@ def run(argv):
     if c.batch_size % (world * c.accumulate):
         raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
+    keep_memory()
     corpus = load_corpus(c.data)
     windows(corpus.train, c.seq_len + 1, 1, 0, 0)  # an error now if a window does not fit
 
