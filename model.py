@@ -5,10 +5,10 @@ later state continues it, so training (l = a window), prefill (l = a prompt), ch
 one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
 the rollback.
 """
+import contextlib
 import dataclasses
 import math
 import os
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -332,7 +332,8 @@ def save(path, model, **extra):
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; the file there before is untouched") from e
 
 
@@ -346,9 +347,9 @@ def load(path, device="cpu"):
         path = found[0]
     try:
         extra = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}") from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+    except Exception as e:  # the unpickler meets foreign bytes with any error there is
         raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short "
                               f"({type(e).__name__}, {path.stat().st_size:,} bytes)") from e
     found = extra.get("format") if isinstance(extra, dict) else type(extra).__name__
@@ -358,6 +359,6 @@ def load(path, device="cpu"):
         model = LM(Config(**extra.pop("config"))).to(device)
         weights = extra.pop("model")
         model.to(weights["embedding.weight"].dtype).load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError, KeyError) as e:
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
     return model.eval(), extra

@@ -36,21 +36,20 @@ class Flags:
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The law to sample from, as probabilities (..., v): softmax(logits / temperature), cut down and normed again.
 
-    top_k keeps the k likeliest, then top_p the fewest that reach p together (Holtzman et al. 2020), always at least one.
+    top_k keeps the k likeliest, then top_p the fewest that reach p together (Holtzman et al. 2020).
     Temperature 0 puts everything on the likeliest, the first one in a tie. Logits (..., v), computed in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest is 0, so nothing overflows
     if 0 < top_k < logits.shape[-1]:
-        order = logits.argsort(-1, descending=True, stable=True)  # exactly k are kept, also in a tie
+        order = logits.argsort(dim=-1, descending=True, stable=True)  # exactly k are kept, also in a tie
         logits = logits.scatter(-1, order[..., top_k:], -torch.inf)
     probabilities = torch.softmax(logits, -1)
     if top_p < 1:
-        ranked, order = probabilities.sort(-1, descending=True, stable=True)
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p  # those before it reach p already
-        beyond[..., 0] = False
         probabilities = probabilities.scatter(-1, order, ranked.masked_fill(beyond, 0))
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return probabilities
@@ -71,7 +70,7 @@ def generate(model, tokens, count, law, generator=None, step=None):
 
     step is what reads one token, the model itself unless a compiled one is given.
     """
-    step = step or model
+    step = model if step is None else step
     logits, state = prefill(model, tokens)
     for i in range(count):
         token = torch.multinomial(law(logits), 1, generator=generator)  # (b, 1)
@@ -128,6 +127,8 @@ def check(c):
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
     if not 0 <= c.temperature < float("inf"):
         raise ConfigError(f"--temperature {c.temperature} is not a number from 0 up")
+    if not -2**63 <= c.seed < 2**63:
+        raise ConfigError(f"--seed {c.seed} does not fit in 64 bits")
     if c.top_k < 0 or not 0 < c.top_p <= 1:
         raise ConfigError(f"--top_k {c.top_k} must be 0 or more, --top_p {c.top_p} in (0, 1]")
 

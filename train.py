@@ -101,8 +101,8 @@ def check(c):
         if getattr(c, name) < 1:
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
     for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed"):
-        if not 0 <= getattr(c, name) < math.inf:
-            raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up")
+        if not 0 <= getattr(c, name) < (2**63 if name == "seed" else math.inf):
+            raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
     if not 0 <= c.dropout < 1:
         raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
 
@@ -292,7 +292,8 @@ def open_run(c, given):
         if name in given and given[name] != extra["flags"][name]:
             raise ConfigError(f"--resume: the run in {folder} has --{name} {extra['flags'][name]}, not {given[name]}; "
                               "leave the flag out or choose another --out")
-    changed = [f"--{n} {v} (was {extra['flags'][n]})" for n, v in given.items() if extra["flags"].get(n, v) != v]
+    changed = [f"--{n} {v} (was {extra['flags'][n]})" for n, v in given.items()
+               if n not in ("resume", "out") and extra["flags"].get(n, v) != v]
     if set(given) & {"steps", "minutes"} == {"steps"}:
         given = {**given, "minutes": 0.0}
     c = dataclasses.replace(Flags(**extra["flags"]), **given)
@@ -340,6 +341,58 @@ def train_step(model, optimizer, batch, c, cast, lr):
     return total
 
 
+@dataclass
+class Run:
+    """What a run carries from step to step, and how it is kept."""
+    c: Flags
+    folder: Path
+    model: LM
+    optimizer: torch.optim.Optimizer
+    cast: contextlib.AbstractContextManager
+    val: np.ndarray
+    step: int = 0
+    seconds: float = 0.0  # of training
+    best_bpb: float = math.inf
+    lr: float = 0.0
+
+    @property
+    def progress(self):
+        """From 0 to 1, by the clock or by the steps."""
+        return self.seconds / (60 * self.c.minutes) if self.c.minutes else self.step / self.c.steps
+
+    def save(self, name):
+        """Never weights that are not finite: what was saved before stays."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.ruined("weights are not finite")
+        save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
+             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state())
+
+    def ruined(self, what):
+        """The error that ends a run which has blown up."""
+        kept = self.folder / "last.pt"
+        way_out = (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept.exists() else
+                   "nothing was saved before; try a lower --lr")
+        return ConfigError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}; {way_out}")
+
+    def record(self, **figures):
+        """One line of log.jsonl."""
+        keys = ("train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second")
+        self.log.write(json.dumps({"step": self.step, "bytes": self.step * self.c.batch_size * self.c.seq_len,
+                                   "seconds": round(self.seconds, 3), **{k: figures.get(k) for k in keys}}) + "\n")
+
+    def validate(self, stop):
+        """Validate, and save if that shows nothing wrong: the last step's own loss was of the weights before it."""
+        result = validate(self.model, self.val, self.c, self.cast, stop)
+        if not math.isfinite(result["val_bpb"]):
+            raise self.ruined(f"validation loss is {result['val_bpb']}")
+        self.record(**result)
+        if result["val_bpb"] < self.best_bpb:
+            self.best_bpb = result["val_bpb"]
+            self.save("best.pt")
+        self.save("last.pt")
+        return result
+
+
 def run(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
     if c.eval_only:
@@ -355,94 +408,32 @@ def run(argv):
     windows(corpus.train, c.seq_len + 1, 1, 0, 0)  # an error now if a window does not fit
 
     torch.manual_seed(c.seed)
-    model, extra = resumed or (LM(make_config(c)), {"step": 0, "seconds": 0.0, "best_bpb": math.inf})
+    model, extra = resumed or (LM(make_config(c)), {})
     model.to(device, dtype).train()
-    optimizer = make_optimizer(model, c.lr, c.weight_decay)
+    r = Run(c, folder, model, make_optimizer(model, c.lr, c.weight_decay), cast, corpus.val)
     if resumed:
-        optimizer.load_state_dict(extra["optimizer"])
+        r.optimizer.load_state_dict(extra["optimizer"])
+        r.step, r.seconds, r.best_bpb = extra["step"], extra["seconds"], extra["best_bpb"]
         torch.set_rng_state(extra["random"].cpu())
-    elif rank:
-        torch.manual_seed(c.seed + rank)  # dropout differs from process to process
-    fast = torch.compile(model) if c.compile else model
-    if world > 1:
-        fast = nn.parallel.DistributedDataParallel(fast)
-
-    step, seconds, best, saved = extra["step"], extra["seconds"], extra["best_bpb"], extra["seconds"]
-    if rank == 0:
-        log = open_log(folder, step)
+    if rank:
+        torch.manual_seed(c.seed + rank + r.step)  # dropout differs from process to process
+    else:
+        r.log = open_log(folder, r.step)
         print(f"data        {corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; {corpus.note}")
         print(f"model       {c.layer} x {c.n_layer}, d_model {c.d_model}: {describe(model)}")
-        print(f"runs on     {device}, {c.dtype if c.dtype != 'auto' else 'bfloat16' if device.type == 'cuda' else 'float32'}"
-              f", {torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {folder}", flush=True)
-
-    def progress():
-        return seconds / (60 * c.minutes) if c.minutes else step / c.steps
-
-    def checkpoint(name):
-        save(folder / name, model, optimizer=optimizer.state_dict(), step=step, seconds=seconds, best_bpb=best,
-             flags=dataclasses.asdict(c), random=torch.get_rng_state())
-
-    def record(**figures):
-        keys = ("train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second")
-        log.write(json.dumps({"step": step, "bytes": step * c.batch_size * c.seq_len, "seconds": round(seconds, 3),
-                              **{k: figures.get(k) for k in keys}}) + "\n")
-
-    def validate_and_keep():
-        nonlocal best
-        checkpoint("last.pt")
-        result = validate(model, corpus.val, c, cast, stop)
-        record(**result)
-        if result["val_bpb"] < best:
-            best = result["val_bpb"]
-            checkpoint("best.pt")
-        return result
-
+        print(f"runs on     {device}, {'bfloat16' if isinstance(cast, torch.autocast) else str(dtype).removeprefix('torch.')}, "
+              f"{torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {folder}", flush=True)
+    fast = torch.compile(model) if c.compile else model
     stop = Stop()
-    bar = tqdm(total=1.0, initial=min(progress(), 1.0), disable=rank > 0, dynamic_ncols=True,
-               bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}")
     try:
-        while progress() < 1 and not stop.signal:
-            began = time.perf_counter()
-            lr = learning_rate(c, step, progress())
-            batch = torch.from_numpy(windows(corpus.train, c.seq_len + 1, c.batch_size, c.seed, step))
-            loss = train_step(fast, optimizer, batch.chunk(world)[rank].to(device), c, cast, lr)
-            if world > 1:
-                dist.all_reduce(loss)
-                loss /= world
-            nats = loss.item()
-            if not math.isfinite(nats):
-                raise ConfigError(f"the loss is {nats} at step {step}, learning rate {lr:.2e}; {last_good(folder)}")
-            step, took = step + 1, time.perf_counter() - began
-            seconds += took
-            if world > 1:  # process 0's clock and signals rule, or the others would stop at another step
-                shared = torch.tensor([seconds, stop.signal], dtype=torch.float64, device=device)
-                dist.broadcast(shared, 0)
-                seconds, stop.signal = shared[0].item(), int(shared[1])
-            if rank:
-                continue
-            speed = c.batch_size * c.seq_len / took
-            if step == 1:
-                bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {model.config.vocab} = "
-                          f"{math.log(model.config.vocab):.3f}")
-            record(train_bpb=nats / math.log(2), lr=lr, bytes_per_second=round(speed, 1))
-            bar.set_postfix_str(f"step {step} | {nats / math.log(2):.3f} bits per byte | {speed:,.0f} bytes/s", refresh=False)
-            bar.update(min(progress(), 1.0) - bar.n)
-            if c.eval_every and step % c.eval_every == 0 and progress() < 1:
-                result = validate_and_keep()
-                bar.write(f"step {step}  validation {result['val_bpb']:.4f} bits per byte")
-            elif seconds - saved > SAVE_SECONDS:
-                saved = seconds
-                checkpoint("last.pt")
-        bar.close()
+        train(r, nn.parallel.DistributedDataParallel(fast) if world > 1 else fast, corpus.train, rank, world, device, stop)
         if rank == 0:
-            if stop.signal:
-                checkpoint("last.pt")
-                raise Interrupted
-            report(validate_and_keep(), corpus.val, c.seq_len)
-            print(f"saved       {folder}/best.pt; read what it writes: python sample.py --ckpt {folder}")
+            report(r.validate(stop), corpus.val, c.seq_len)
+            print(f"saved       {folder}/best.pt; let it write: python sample.py --ckpt {folder}")
     except Interrupted:
-        bar.close()
-        print(f"stopped at step {step}, saved {folder}/last.pt; go on: python train.py --out {folder} --resume")
+        if rank == 0:
+            r.save("last.pt")
+            print(f"stopped at step {r.step}, saved {folder}/last.pt; go on: python train.py --out {folder} --resume")
         return 128 + stop.signal
     finally:
         stop.restore()
@@ -451,24 +442,56 @@ def run(argv):
     return 0
 
 
-def last_good(folder):
-    """What is left when a run blows up."""
-    if (folder / "last.pt").exists():
-        return f"the last good checkpoint is {folder}/last.pt; go on from it with a lower --lr and --resume"
-    return "nothing was saved before it; try a lower --lr"
+def train(r, model, data, rank, world, device, stop):
+    """Steps until the budget is spent, or Interrupted by a signal. model is r.model, compiled or wrapped as may be."""
+    c, saved, stopped = r.c, r.seconds, 0
+    with tqdm(total=1.0, initial=min(r.progress, 1.0), disable=rank > 0, dynamic_ncols=True,
+              bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}") as bar:
+        while r.progress < 1:
+            if stopped or (world == 1 and stop.signal):
+                raise Interrupted
+            began, r.lr = time.perf_counter(), learning_rate(c, r.step, r.progress)
+            batch = torch.from_numpy(windows(data, c.seq_len + 1, c.batch_size, c.seed, r.step))
+            loss = train_step(model, r.optimizer, batch.chunk(world)[rank].to(device), c, r.cast, r.lr)
+            if world > 1:
+                dist.all_reduce(loss)
+                loss /= world
+            nats = loss.item()
+            if not math.isfinite(nats):
+                raise r.ruined(f"loss is {nats}")
+            took = time.perf_counter() - began
+            r.step, r.seconds = r.step + 1, r.seconds + took
+            if world > 1:  # process 0's clock and signals rule, or the others would stop at another step
+                shared = torch.tensor([r.seconds, stop.signal], dtype=torch.float64, device=device)
+                dist.broadcast(shared, 0)
+                r.seconds, stopped = shared[0].item(), int(shared[1])
+            if rank:
+                continue
+            bpb, speed = nats / math.log(2), c.batch_size * c.seq_len / took
+            r.record(train_bpb=bpb, lr=r.lr, bytes_per_second=round(speed, 1))
+            if r.step == 1:
+                v = r.model.config.vocab
+                bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {v} = {math.log(v):.3f}")
+            bar.set_postfix_str(f"step {r.step} | {bpb:.3f} bits per byte | {speed:,.0f} bytes/s", refresh=False)
+            bar.update(min(r.progress, 1.0) - bar.n)
+            if c.eval_every and r.step % c.eval_every == 0 and r.progress < 1:
+                bar.write(f"step {r.step:<7}validation {r.validate(stop)['val_bpb']:.4f} bits per byte")
+            elif r.seconds - saved > SAVE_SECONDS:
+                saved = r.seconds
+                r.save("last.pt")
 
 
 def eval_only(c, given):
     """Validate what --out holds, on its own corpus and windows unless flags say otherwise."""
     check(c)
+    path = c.out or f"out/{c.layer}"
+    model, extra = load(path)
+    c = dataclasses.replace(Flags(**extra.get("flags", {})), **given)
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    path = c.out or f"out/{c.layer}"
-    model, extra = load(path, device)
-    c = dataclasses.replace(Flags(**extra.get("flags", {})), **given)
     corpus = load_corpus(c.data)
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
-    report(validate(model.to(dtype), corpus.val, c, cast), corpus.val, c.seq_len)
+    report(validate(model.to(device, dtype), corpus.val, c, cast), corpus.val, c.seq_len)
     return 0
 
 

@@ -1,0 +1,613 @@
+"""Time and memory of scans, layers, training and decoding beside other people's code: python -m tests.bench scan
+
+    scan      the selective scan, forward and backward, by length, and its error against float64
+    ssd       the Mamba-2 scan, single layers and whole models, by length
+    train     bytes/s of training, against mambapy and transformers
+    decode    bytes/s of writing, against the same, and ms per byte as the context grows
+    figures   assets/*.svg from the JSON files that the others wrote
+
+Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
+it held when inputs and model had been made. The workers of a group start together and are called in turn, round after
+round, so that whatever else the machine does hits all alike; times are medians. Ratios are taken within a group.
+Fresh memory costs a CPU more than the arithmetic does, so there are rows with "huge pages" (THP_MEM_ALLOC_ENABLE=1: torch
+asks Linux for 2 MB pages) and with memory "kept" (what is freed is reused, as train.py does), for ours and theirs alike.
+mambapy and transformers are optional; a path that cannot run says why in its row. No timing is asserted anywhere.
+"""
+import contextlib
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import LM, Block, Config, ConfigError, Mamba, Mamba2
+from sample import compile_step, filter_logits, generate, prefill
+from scan import selective_scan, ssd
+from train import flag, keep_memory, parse, pick_device, run_script
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass
+class Flags:
+    json: str = flag("", "where the result goes (default: assets/bench_NAME.json)")
+    device: str = flag("cpu", "cpu, or cuda")
+    rounds: int = flag(5, "how often each path is called; slow ones less often, at least twice")
+    quick: bool = flag(False, "a smoke test: tiny sizes, one round, no JSON unless --json says where")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The worker's side
+
+
+def serve(pipe, cell, device):
+    """Make the path, then answer ("warm", mode) by (seconds, peak bytes) and ("time", mode) by a list of seconds."""
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()  # the first backward imports 40 MB of modules
+        if cell.memory == "kept":
+            keep_memory()
+        functions = cell.make(**cell.args, device=device)
+        base = memory("VmRSS", device)
+        pipe.send(list(functions))
+        while True:
+            kind, mode = pipe.recv()
+            pipe.send(warm_up(functions[mode], device, base) if kind == "warm" else repeat(functions[mode], device))
+    except EOFError:  # the parent has all it wants
+        pass
+    except ImportError as e:
+        pipe.send(f"not installed: {e}")
+    except Exception as e:  # whatever a path raises is its result
+        pipe.send(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
+
+
+def warm_up(f, device, base):
+    """(seconds, peak bytes above base) of the second call, for the first also sets up threads and libraries.
+
+    Where the first takes over a second, set-up is small beside it and its own figures do.
+    """
+    for _ in range(2):
+        reset_peak(device)
+        seconds = timed(f, device)
+        if seconds > 1:
+            break
+    return seconds, max(0, memory("VmHWM", device) - base)
+
+
+def repeat(f, device):
+    """Seconds of each call, as many as fit into a fifth of a second, at least one."""
+    times = []
+    while sum(times) < 0.2:
+        times.append(timed(f, device))
+    return times
+
+
+def timed(f, device):
+    began = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def memory(name, device):
+    """Bytes this process holds (VmRSS) or held at most (VmHWM); without /proc both are the peak of its whole life."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if name == "VmHWM" else torch.cuda.memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
+    except OSError:
+        import resource  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device):
+    """Start the peak anew, after giving freed memory back: an earlier call's leftovers would count."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError, AttributeError):  # only glibc trims, only Linux resets
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parent's side
+
+START, CALL = 400, 100  # seconds after which a worker is given up: while it starts (it may compile), and in one call
+ENOUGH = 3.0            # seconds of calls after which a path sits out the remaining rounds
+ONCE = 10.0             # a call that takes longer is the only one
+
+
+@dataclass
+class Cell:
+    """A path to measure: make(**args, device=...) runs in the worker and returns {mode: function}."""
+    path: str
+    make: callable
+    args: dict
+    memory: str = "default"  # or "huge pages", or "kept"
+    work: int = 0            # bytes of text that a call reads or writes; 0 leaves bytes/s out
+
+
+class Worker:
+    """The parent's end of a worker; after an error it only remembers what went wrong."""
+
+    def __init__(self, cell, device):
+        self.cell, self.error, self.modes, self.times, self.peak = cell, None, [], {}, {}
+        context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, cell, device))
+        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(cell.memory == "huge pages"))  # the worker's torch reads it as it starts
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report missing CUDA kernels
+        self.process.start()
+        theirs.close()
+
+    def answer(self, *question, limit=CALL):
+        """The worker's answer; None once anything went wrong."""
+        if self.error:
+            return None
+        try:
+            if question:
+                self.pipe.send(question)
+            answer = self.pipe.recv() if self.pipe.poll(limit) else f"not done after {limit} s"
+        except (EOFError, OSError):
+            self.process.join(10)
+            answer = f"the process ended with status {self.process.exitcode} (-9: out of memory, most likely)"
+        if isinstance(answer, str):
+            self.error = answer
+            return self.process.kill()
+        return answer
+
+    def warm(self):
+        for mode in self.modes:
+            seconds, self.peak[mode] = self.answer("warm", mode) or (0, 0)
+            self.times[mode] = [seconds] if seconds > ONCE else []
+
+    def turn(self):
+        for mode, times in self.times.items():
+            if sum(times) < (ENOUGH if len(times) > 1 else ONCE):
+                times += self.answer("time", mode) or []
+
+    def rows(self, table, sizes):
+        """One row a mode, or one that says what went wrong."""
+        cell = self.cell
+        row = {"table": table, "path": cell.path, "memory": cell.memory, **sizes}
+        if self.error:
+            return [{**row, "mode": "failed", "error": self.error}]
+        rows = []
+        for mode, times in self.times.items():
+            seconds = statistics.median(times)
+            rows.append({**row, "mode": mode, "seconds": seconds, "seconds_min": min(times), "calls": len(times),
+                         "peak_mb": self.peak[mode] / 1e6})
+            if cell.work:
+                rows[-1].update(bytes_per_second=cell.work / seconds, ms_per_byte=1e3 * seconds / cell.work)
+        return rows
+
+
+def compare(table, sizes, cells, c):
+    """Measure a group of cells and print it; sizes, a dict, names the group in each of its rows.
+
+    Ratios are against the first cell of the group that ran, by mode and kind of memory.
+    """
+    device, workers = pick_device(c.device), []
+    try:
+        for cell in cells:
+            workers.append(Worker(cell, device))
+        for w in workers:
+            w.modes = w.answer(limit=START) or []
+        for w in workers:
+            w.warm()
+        for _ in range(1 if c.quick else c.rounds):
+            for w in workers:
+                w.turn()
+    finally:
+        for w in workers:
+            w.pipe.close()  # it ends by itself, unless it hangs
+            w.process.join(5)
+            w.process.kill()
+    rows, first = [row for w in workers for row in w.rows(table, sizes)], {}
+    for row in rows:
+        if "seconds" in row:
+            row["ratio"] = row["seconds"] / first.setdefault((row["mode"], row["memory"]), row["seconds"])
+    show(f"{table}, " + ", ".join(f"{k} {v:,}" for k, v in sizes.items()), rows)
+    return rows
+
+
+def show(title, rows):
+    """A group as a table, mode by mode; ratio 2 means twice the time of the first row."""
+    print(f"\n{title:44}{'ms':>10}{'min':>10}{'ratio':>7}{'peak MB':>9}{'bytes/s':>9}")
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        print(f"  {mode}")
+        for row in (row for row in rows if row["mode"] == mode):
+            label = f"    {row['path']}{'' if row['memory'] == 'default' else ', ' + row['memory']}"
+            print(f"{label:44}" + (row.get("error") or f"{1e3 * row['seconds']:10.2f}{1e3 * row['seconds_min']:10.2f}"
+                                   f"{row['ratio']:7.2f}{row['peak_mb']:9.0f}"
+                                   + (f"{row['bytes_per_second']:9,.0f}" if "bytes_per_second" in row else "")))
+    sys.stdout.flush()
+
+
+def kinds_of_memory(c, *kinds):
+    """Those of kinds that exist here: beside the default they are Linux's, and a CPU's."""
+    return kinds if c.device == "cpu" and sys.platform == "linux" else ("default",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scan
+
+
+SCANS = ("chunked", "parallel", "naive", "mambapy pscan", "transformers loop")  # the first is what ratios refer to
+
+
+def forward_and_backward(f, inputs, dy, parameters=()):
+    """Two modes: the values alone, and the values with the gradients of inputs and parameters."""
+    leaves = [*(t.requires_grad_() for t in inputs), *parameters]
+
+    def both():
+        torch.autograd.grad(f(*inputs), leaves, dy)
+
+    return {"forward": torch.no_grad()(lambda: f(*inputs)), "forward+backward": both}
+
+
+def scan_inputs(b, l, d, n, device, dt_max=0.1):
+    """x, dt, A, B, C, D and a gradient for y; A is -1 .. -n in every channel, as Mamba begins."""
+    g = torch.Generator().manual_seed(0)
+    x, B, C, D, dy = (torch.randn(s, generator=g) for s in ((b, l, d), (b, l, n), (b, l, n), (d,), (b, l, d)))
+    dt, A = torch.rand(b, l, d, generator=g) * dt_max, -torch.arange(1.0, n + 1).repeat(d, 1)
+    return [t.to(device) for t in (x, dt, A, B, C, D, dy)]
+
+
+def scan_path(path):
+    """f(x, dt, A, B, C, D) -> y."""
+    if path == "mambapy pscan":
+        from mambapy.mamba import MambaBlock
+        return functools.partial(MambaBlock.selective_scan, None)  # a method that never looks at its self
+    if path == "transformers loop":
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+        return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
+    return lambda *inputs: selective_scan(*inputs, impl=path)[0]
+
+
+def make_scan(path, device, **sizes):
+    *inputs, dy = scan_inputs(**sizes, device=device)
+    return forward_and_backward(scan_path(path), inputs, dy)
+
+
+def bench_scan(c):
+    """Float32, by length; the loops get the lengths that they finish soon."""
+    lengths, sizes = ((32,), {"b": 2, "d": 8, "n": 4}) if c.quick else ((256, 1024, 4096), {"b": 4, "d": 512, "n": 16})
+    longest, rows = {"naive": 1024, "transformers loop": 256}, []
+    for l in lengths:
+        paths = [p for p in SCANS if l <= longest.get(p, l)]
+        cells = [Cell(p, make_scan, {"path": p, "l": l, **sizes}, kind)
+                 for kind in kinds_of_memory(c, "default", "huge pages") for p in paths]
+        rows += compare("selective scan", {**sizes, "l": l}, cells, c)
+    return rows + scan_errors(c)
+
+
+def scan_errors(c):
+    """Largest deviation from the float64 recurrence over its largest value, where errors have time to grow."""
+    device, rows = pick_device(c.device), []
+    sizes = {"b": 1, "l": 33, "d": 4, "n": 3} if c.quick else {"b": 2, "l": 4001, "d": 64, "n": 16}
+    print(f"\nrelative error (max norm) against the float64 recurrence, {sizes}")
+    for dt_max in (0.1, 5.0):
+        inputs = scan_inputs(**sizes, device=device, dt_max=dt_max)
+        exact = output_and_gradients("naive", *(t.double() for t in inputs))
+        for path in SCANS[:4]:
+            row = {"table": "error", "path": path, "dt_max": dt_max, **sizes}
+            try:
+                got = output_and_gradients(path, *inputs)
+                errors = {k: ((got[k] - v).abs().max() / v.abs().max()).item() for k, v in exact.items()}
+                worst = max(list(errors)[1:], key=errors.get)
+                text = f"output {errors['y']:.1e}   worst gradient {errors[worst]:.1e}, of {worst}"
+                rows.append({**row, "errors": errors})
+            except Exception as e:  # a path that fails is a row, not the end
+                text = f"{type(e).__name__}: {e}"
+                rows.append({**row, "error": text})
+            print(f"  dt up to {dt_max:<5}{path:16}{text}")
+    return rows
+
+
+def output_and_gradients(path, *inputs_and_dy):
+    *leaves, dy = (t.clone().requires_grad_() for t in inputs_and_dy)
+    y = scan_path(path)(*leaves)
+    return dict(zip(("y", "x", "dt", "A", "B", "C", "D"), (y.detach(), *torch.autograd.grad(y, leaves, dy.detach()))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ssd and train: the operation, one layer, the whole model
+
+N = {"mamba": 16, "mamba2": 64, "attention": 16}  # state sizes; attention has none
+CHUNK = 64  # transformers' Mamba-2: the fastest of 16 .. 256 on a CPU, 256 being its default
+
+
+def make_ssd(path, b, l, nh, p, n, device):
+    """The operation with one group, dt up to 0.1 and A = -1 .. -nh, as transformers begins."""
+    x, B, C, dy = (torch.randn(s, device=device) for s in ((b, l, nh, p), (b, l, 1, n), (b, l, 1, n), (b, l, nh, p)))
+    dt, A = torch.rand(b, l, nh, device=device) * 0.1, -torch.arange(1.0, nh + 1, device=device)
+    inputs = [x, dt, A, B, C, torch.ones(nh, device=device)]
+    if path != "transformers":
+        return forward_and_backward(lambda *inputs: ssd(*inputs, impl=path)[0], inputs, dy)
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    return forward_and_backward(lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D), inputs, dy)
+
+
+def our_config(layer, d_model, n_layer):
+    """Layers of three kinds with equally many parameters, to 2 %: SwiGLU is what brings attention up to the others."""
+    name = "attention+mlp" if layer == "attention" else layer
+    return Config((name,) * n_layer, d_model, d_state=N[layer], head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
+
+
+def transformers_config(layer, d_model, n_layer):
+    """The same shapes there. Its Mamba takes mambapy's scan: its loop, and its scan under torch.compile, are slower."""
+    import transformers
+    sizes = {"hidden_size": d_model, "num_hidden_layers": n_layer, "vocab_size": 256, "state_size": N[layer]}
+    if layer == "mamba":
+        return transformers.MambaConfig(**sizes, use_mambapy=True)
+    p = min(64, d_model)
+    return transformers.Mamba2Config(**sizes, head_dim=p, num_heads=2 * d_model // p, n_groups=1, chunk_size=CHUNK,
+                                     tie_word_embeddings=True)
+
+
+def make_layer(path, b, l, d_model, device):
+    """A mixer; attention comes with its SwiGLU, its norms and residual sums."""
+    if path == "transformers mamba2":
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+        f = layer = Mamba2Mixer(transformers_config("mamba2", d_model, 1), 0)
+    else:
+        kinds = {"mamba": Mamba, "mamba2": Mamba2, "attention": lambda config: Block(config, "attention+mlp")}
+        layer = kinds[path](our_config(path, d_model, 1))
+        f = lambda x: layer(x)[0]
+    layer.to(device).train()
+    x, dy = torch.randn(2, b, l, d_model, device=device)
+    return forward_and_backward(f, [x.clone()], dy, layer.parameters())
+
+
+def language_model(path, d_model, n_layer):
+    """(model, function from tokens to logits) for "mamba2", "transformers mamba", ..."""
+    who, layer = path.split() if " " in path else ("ours", path)
+    if who == "mambapy":  # its own LM cannot be imported without the CUDA package
+        from mambapy.mamba import Mamba as Body, MambaConfig, RMSNorm
+        model = nn.Sequential(nn.Embedding(256, d_model), Body(MambaConfig(d_model=d_model, n_layers=n_layer)),
+                              RMSNorm(d_model), nn.Linear(d_model, 256, bias=False))
+        model[3].weight = model[0].weight
+        return model, model
+    if who == "transformers":
+        import transformers
+        kind = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[layer]
+        model = getattr(transformers, kind)(transformers_config(layer, d_model, n_layer))
+        return model, lambda tokens: model(tokens, use_cache=False).logits
+    model = LM(our_config(layer, d_model, n_layer))
+    return model, lambda tokens: model(tokens)[0]
+
+
+def make_train(path, b, l, d_model, n_layer, device):
+    """A training step: forward, backward, clipping, AdamW."""
+    model, f = language_model(path, d_model, n_layer)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    tokens = torch.randint(256, (b, l + 1), device=device)
+
+    def step():
+        F.cross_entropy(f(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return {"training step": step}
+
+
+def compare_training(paths, b, l, d_model, kinds, c):
+    args = {"b": b, "l": l, "d_model": d_model, "n_layer": 4}
+    cells = [Cell(p, make_train, {"path": p, **args}, kind, b * l) for kind in kinds for p in paths]
+    return compare("training", args, cells, c)
+
+
+def bench_ssd(c):
+    """d_model 256, 8 heads of 64, n = 64; as many bytes a call, however they are cut into windows."""
+    shapes, d_model = (((2, 64),), 32) if c.quick else (((8, 512), (2, 2048), (1, 8192)), 256)
+    heads, rows = {"nh": 2, "p": 8, "n": 4} if c.quick else {"nh": 8, "p": 64, "n": 64}, []
+    for b, l in shapes:
+        size = {"b": b, "l": l}
+        paths = ["chunked", "transformers"] + ["quadratic", "naive"] * (l <= 2048)  # longer ones need tens of GB
+        rows += compare("ssd", size, [Cell(p, make_ssd, {"path": p, **size, **heads}, work=b * l) for p in paths], c)
+        args = {**size, "d_model": d_model}
+        paths = ("mamba2", "mamba", "attention", "transformers mamba2")
+        rows += compare("layer", args, [Cell(p, make_layer, {"path": p, **args}, work=b * l) for p in paths], c)
+        rows += compare_training(paths, b, l, d_model, kinds_of_memory(c, "kept"), c)
+    return rows
+
+
+def bench_train(c):
+    """4 layers of width 256, 8 windows of 512 bytes."""
+    b, l, d_model = (2, 32, 32) if c.quick else (8, 512, 256)
+    paths = ("mamba2", "mamba", "attention", "mambapy mamba", "transformers mamba", "transformers mamba2")
+    return compare_training(paths, b, l, d_model, kinds_of_memory(c, "default", "huge pages", "kept"), c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode
+
+
+def peer_step(path, model):
+    """(function of token (1, 1) and state to logits (1, v) and state, the state before the first token)."""
+    if path.startswith("transformers"):
+        def step(token, cache):
+            out = model(token, cache_params=cache, use_cache=True)
+            return out.logits[:, -1], out.cache_params
+        return step, lambda: None
+    embedding, body, norm, head = model
+    d, n, k = body.config.d_inner, body.config.d_state, body.config.d_conv
+
+    def step(token, caches):
+        x, caches = body.step(embedding(token[:, 0]), list(caches))
+        return head(norm(x)), caches
+
+    zeros = functools.partial(torch.zeros, device=head.weight.device)
+    return step, lambda: [(zeros(1, d, n), zeros(1, d, k - 1)) for _ in body.layers]
+
+
+def write(step, start, count):
+    """A function that draws count bytes one by one, from (logits, state) = start()."""
+    @torch.inference_mode()
+    def f():
+        logits, state = start()
+        for _ in range(count):
+            logits, state = step(torch.multinomial(torch.softmax(logits, -1), 1), state)
+    return {"writing": f}
+
+
+def make_decode(path, count, d_model, n_layer, compiled, device):
+    """count bytes after a newline: ours by sample.generate, the others by the same loop around their own step."""
+    model, _ = language_model(path, d_model, n_layer)
+    model.to(device).eval()
+    token = torch.tensor([[10]], device=device)
+    if " " not in path:
+        step = compile_step(model, token) if compiled else None
+        return {"writing": lambda: list(generate(model, token, count, filter_logits, step=step))}
+    step, state = peer_step(path, model)
+    step = torch.compile(step) if compiled else step
+    functions = write(step, lambda: step(token, state()), count)
+    if compiled:
+        functions["writing"]()
+    return functions
+
+
+def make_context(path, context, count, d_model, n_layer, device):
+    """count bytes after a context, whose state every call begins from; attention's window is unlimited."""
+    model, _ = language_model(path, d_model, n_layer)
+    model.to(device).eval()
+    tokens = torch.randint(256, (1, context), device=device)
+
+    def step(token, state):
+        logits, state = model(token, state)
+        return logits[:, -1], state
+
+    return write(step, functools.cache(lambda: prefill(model, tokens)), count)  # read in the first call: others rest
+
+
+def bench_decode(c):
+    """Batch 1, 4 layers of width 256."""
+    size = {"count": 4, "d_model": 32, "n_layer": 1} if c.quick else {"count": 64, "d_model": 256, "n_layer": 4}
+    paths = ("mamba", "mamba2", "attention", "mambapy mamba", "transformers mamba")
+    cells = [Cell(p + ", compiled" * compiled, make_decode, {"path": p, "compiled": compiled, **size},
+                  work=size["count"]) for compiled in (False, True) for p in paths]
+    rows = compare("decoding", size, cells, c)
+    for context in (16,) if c.quick else (256, 2048, 8192):
+        args = {"context": context, **size}
+        cells = [Cell(p, make_context, {"path": p, **args}, work=size["count"]) for p in ("mamba2", "attention")]
+        rows += compare("decoding after a context", args, cells, c)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def draw(name, rows, x, y, xlabel, ylabel, yscale):
+    """One SVG, a curve for every path, dashed with huge pages; the same bytes for the same rows."""
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise ConfigError(f"figures need matplotlib ({e}); pip install matplotlib") from e
+    plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    curves = {}
+    for row in rows:
+        curves.setdefault((row["path"], row["memory"]), []).append((row[x], y(row)))
+    colors = {path: f"C{i}" for i, path in enumerate(dict.fromkeys(path for path, _ in curves))}
+    for (path, kind), points in curves.items():
+        axes.plot(*zip(*points), "o-" if kind == "default" else "o--", color=colors[path], markersize=4,
+                  label=path if kind == "default" else f"{path}, {kind}")
+    axes.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    ticks = sorted({row[x] for row in rows})
+    axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set_ylim(bottom=0 if yscale == "linear" else None)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(ASSETS / name, metadata={"Date": None})
+    plt.close(figure)
+    print(f"wrote {ASSETS / name}")
+
+
+def measured(name, **wanted):
+    """The rows of a benchmark's JSON that have these values."""
+    path = ASSETS / f"bench_{name}.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing; measure first: python -m tests.bench {name}")
+    return [row for row in json.loads(path.read_text())["rows"] if wanted.items() <= row.items()]
+
+
+def figures():
+    """assets/scan_time.svg and assets/decode_context.svg."""
+    draw("scan_time.svg", measured("scan", table="selective scan", mode="forward+backward"), "l",
+         lambda row: 1e3 * row["seconds"], "length", "forward and backward, ms", "log")
+    draw("decode_context.svg", measured("decode", table="decoding after a context", mode="writing"), "context",
+         lambda row: row["ms_per_byte"], "bytes read before", "ms per byte written", "linear")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode}
+
+
+def hardware():
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+             "python": platform.python_version(), "torch": torch.__version__}
+    for peer in ("mambapy", "transformers", "mamba-ssm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[peer] = importlib.metadata.version(peer)
+    return found
+
+
+def run(argv):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    names = "|".join([*BENCHMARKS, "figures"])
+    c, _ = parse(Flags, argv[1:] if name else argv, f"Measure: python -m tests.bench {names}")
+    if name == "figures":
+        return figures()
+    if name not in BENCHMARKS:
+        raise ConfigError(f"what to measure is missing or unknown: python -m tests.bench {names}")
+    result = {"benchmark": name, "command": " ".join(["python -m tests.bench", *argv]), "hardware": hardware(),
+              "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    print(", ".join(f"{k} {v}" for k, v in result["hardware"].items() if v is not None))
+    began = time.perf_counter()
+    result["rows"] = BENCHMARKS[name](c)
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    if c.json or not c.quick:
+        path = Path(c.json or ASSETS / f"bench_{name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {path}")
+    return 0
+
+
+def main(argv=None):
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,567 @@
+"""model.py: published sizes, one path for any split of a sequence, peers with the same weights, checkpoints."""
+import dataclasses
+import errno
+import math
+import os
+import pickle
+import resource
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as model_module
+from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Mamba, Mamba2, causal_conv,
+                   init_dt_bias, load, rotate, save)
+
+F64 = torch.float64
+SIZES = dict(d_model=12, vocab=17, d_state=5, d_conv=4, head_dim=4, n_group=3, n_head=2, n_kv_head=1, d_mlp=7)
+KINDS = {"mamba": Config(("mamba",) * 2, **SIZES),
+         "mamba2": Config(("mamba2",) * 2, **SIZES),
+         "attention": Config(("attention+mlp",) * 2, **SIZES),
+         "window": Config(("attention+mlp",) * 2, **SIZES, window=5),
+         "hybrid": Config(("mamba", "attention+mlp", "mamba2+mlp"), **SIZES, norm="layer", tie=False)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def make(kind, dtype=F64):
+    """A small model whose every parameter differs from its neighbours: norms, biases and D too."""
+    torch.manual_seed(0)
+    model = LM(KINDS[kind]).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def tokens(l, b=2, vocab=17, seed=1):
+    return torch.randint(vocab, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def tensors_of(state):
+    return [t for layer in state for t in layer]
+
+
+# Sizes
+
+
+def test_published_parameter_counts():
+    """state-spaces/mamba-130m: 129,135,360; MambaByte-353M (2401.13660), LayerNorms and untied head: 353,945,600."""
+    with torch.device("meta"):
+        mamba = LM(Config(layers=("mamba",) * 24, d_model=768, vocab=50280))
+        byte = LM(Config(layers=("mamba",) * 53, d_model=1024, norm="layer", tie=False))
+    assert sum(p.numel() for p in mamba.parameters()) == 129_135_360
+    assert sum(p.numel() for p in byte.parameters()) == 353_945_600
+
+
+def test_mamba2_has_the_published_shapes():
+    """mamba2.py of state-spaces/mamba: d -> 2E + 2gn + nh, a convolution over E + 2gn, one dt, A and D a head."""
+    mixer = Mamba2(Config(("mamba2",), d_model=14, d_state=5, head_dim=7, n_group=2))
+    E, gn, nh = 28, 10, 4
+    assert {name: tuple(p.shape) for name, p in mixer.named_parameters()} == {
+        "dt_bias": (nh,), "A_log": (nh,), "D": (nh,), "in_proj.weight": (2 * E + 2 * gn + nh, 14),
+        "conv1d.weight": (E + 2 * gn, 1, 4), "conv1d.bias": (E + 2 * gn,), "norm.weight": (E,),
+        "out_proj.weight": (14, E)}
+
+
+# One path: training, prefill and decoding are the same function of different lengths
+
+
+@every_kind
+@pytest.mark.parametrize("cuts", [[1], [2], [3], [12], [22], [1, 2], [3, 6, 7, 8], [5, 10, 20]])
+def test_any_split_of_a_sequence_gives_the_whole_sequence(kind, cuts):
+    """Chunks shorter than the convolution and sequences longer than the window included; the last states agree too."""
+    model, x = make(kind), tokens(23)
+    want, last = model(x)
+    state, parts = None, []
+    for piece in x.tensor_split(cuts, dim=1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+    close(torch.cat(parts, dim=1), want)
+    for got, w in zip(tensors_of(state), tensors_of(last), strict=True):
+        close(got, w)
+
+
+@every_kind
+def test_one_byte_at_a_time_equals_the_scan(kind):
+    """The step of decoding is the recurrence of the scan (Mamba section 3.3.2)."""
+    model, x = make(kind), tokens(40)
+    want, _ = model(x)
+    state, parts = None, []
+    for piece in x.split(1, dim=1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+    close(torch.cat(parts, dim=1), want)
+
+
+@every_kind
+def test_the_future_cannot_be_seen(kind):
+    model, x = make(kind), tokens(40)
+    changed = x.clone()
+    changed[:, 25:] = (x[:, 25:] + 1) % 17
+    y, y2 = model(x)[0], model(changed)[0]
+    close(y2[:, :25], y[:, :25], 1e-13)
+    assert ((y2[:, 25:] - y[:, 25:]).abs().amax(2) > 1e-6).all()
+
+
+@every_kind
+def test_rows_of_a_batch_do_not_meet(kind):
+    model, x = make(kind), tokens(11, b=3)
+    close(model(x)[0][1:2], model(x[1:2])[0])
+
+
+@every_kind
+def test_a_state_is_never_mutated(kind):
+    """Keeping the old variable is the rollback: continuing twice from one state gives the same both times."""
+    model, x = make(kind), tokens(20)
+    _, state = model(x[:, :7])
+    before = [t.clone() for t in tensors_of(state)]
+    once, _ = model(x[:, 7:], state)
+    model(x[:, :1], state), model(x[:, :9], state)
+    again, _ = model(x[:, 7:], state)
+    assert torch.equal(once, again)
+    assert all(torch.equal(t, old) for t, old in zip(tensors_of(state), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_both_parts_of_the_state_matter(kind):
+    """The tail of the convolution and h: without either of them a continuation is another one."""
+    model, x = make(kind), tokens(20)
+    _, state = model(x[:, :13])
+    want, _ = model(x[:, 13:], state)
+    for field in ("conv", "h"):
+        less, _ = model(x[:, 13:], tuple(s._replace(**{field: torch.zeros_like(getattr(s, field))}) for s in state))
+        assert (less - want).abs().max() > 1e-3
+    assert state[0].conv.shape[1] == 3  # k - 1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_the_recurrent_state_has_the_same_size_after_any_length(kind):
+    model = make(kind)
+    shapes = {tuple(t.shape for t in tensors_of(model(tokens(l))[1])) for l in (1, 2, 3, 4, 50)}
+    assert len(shapes) == 1 and model.recurrent
+
+
+def test_a_window_bounds_the_cache_and_what_is_seen():
+    """Each position sees itself and the 4 before it, in each of 2 layers: a byte reaches 8 positions ahead and no
+    further; the cache keeps 4."""
+    model, x = make("window"), tokens(30)
+    changed = x.clone()
+    changed[:, 0] = (x[:, 0] + 1) % 17
+    difference = (model(changed)[0] - model(x)[0]).abs().amax((0, 2))
+    assert (difference[:9] > 1e-9).all() and (difference[9:] < 1e-13).all()
+    assert all(layer.k.shape[1] == layer.v.shape[1] == 4 and layer.position == 30 for layer in model(x)[1])
+    assert not model.recurrent and not make("hybrid").recurrent
+
+
+@every_kind
+def test_gradients_reach_every_parameter(kind):
+    model = make(kind)
+    model(tokens(20))[0].square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+        if name.endswith(("A_log", "D", "dt_bias", "bias")):
+            assert (p.grad != 0).all(), name
+
+
+def test_dropout_is_for_training_only():
+    torch.manual_seed(0)
+    model, x = LM(dataclasses.replace(KINDS["mamba"], dropout=0.5)), tokens(9)
+    assert not torch.equal(model(x)[0], model(x)[0])
+    model.eval()
+    assert torch.equal(model(x)[0], model(x)[0])
+
+
+@every_kind
+def test_autocast_keeps_the_parameters_and_the_recurrent_state_wide(kind):
+    model = make(kind, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = model(tokens(9))
+        logits2, _ = model(tokens(9), state)
+    want, _ = model(torch.cat([tokens(9), tokens(9)], dim=1))
+    assert all(s.h.dtype == torch.float32 for s in state if hasattr(s, "h"))
+    assert (torch.cat([logits, logits2], 1) - want).norm() < 0.05 * want.norm()
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("l", [1, 2, 3, 4, 13])
+def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
+    torch.manual_seed(0)
+    b, d, k = 2, 5, 4
+    conv = nn.Conv1d(d, d, k, groups=d, dtype=F64)
+    x, tail = torch.randn(b, l, d, dtype=F64), torch.randn(b, k - 1, d, dtype=F64)
+    for before in (None, tail):
+        y, after = causal_conv(x, conv.weight, conv.bias, before)
+        seen = torch.cat([torch.zeros_like(tail) if before is None else tail, x], dim=1)
+        close(y, conv(seen.transpose(1, 2)).transpose(1, 2))
+        assert torch.equal(after, seen[:, l:])
+
+
+def test_rotary_positions_keep_norms_and_know_only_distances():
+    """RoFormer (2104.09864) eq. 16: q at m and k at n meet as R(n - m)."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 7, 3, 10, dtype=F64), torch.randn(2, 7, 3, 10, dtype=F64)
+    products = []
+    for start in (0, 1, 1000):
+        q_r, k_r = rotate(q, start, 10000.0), rotate(k, start, 10000.0)
+        close(q_r.norm(dim=-1), q.norm(dim=-1))
+        products.append(torch.einsum("blhi,bmhi->bhlm", q_r, k_r))
+    close(products[1], products[0], 1e-9)
+    close(products[2], products[0], 1e-9)
+    assert not torch.allclose(products[0], torch.einsum("blhi,bmhi->bhlm", q, k))
+
+
+def test_rotary_positions_of_two_channels_are_a_rotation_by_the_position():
+    """One frequency, base^0 = 1: position t turns (1, 0) into (cos t, sin t)."""
+    x = torch.tensor([1.0, 0.0], dtype=F64).expand(1, 5, 1, 2)
+    t = torch.arange(5, dtype=F64)
+    close(rotate(x, 0, 10000.0)[0, :, 0], torch.stack([t.cos(), t.sin()], dim=1))
+
+
+def test_grouped_queries_are_repeated_heads():
+    """GQA (2305.13245): 2 heads of keys and values for 6 of queries are 6 heads, each of the 2 written three times."""
+    torch.manual_seed(0)
+    sizes = dict(layers=("attention",), d_model=24, n_head=6)
+    few, many = Attention(Config(**sizes, n_kv_head=2)).double(), Attention(Config(**sizes, n_kv_head=6)).double()
+    weights = few.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        weights[name] = weights[name].unflatten(0, (2, 4)).repeat_interleave(3, dim=0).flatten(0, 1)
+    many.load_state_dict(weights)
+    x = torch.randn(2, 11, 24, dtype=F64)
+    close(few(x)[0], many(x)[0])
+    assert few(x)[1].k.shape == (2, 11, 2, 4)
+
+
+def test_attention_is_a_softmax_over_the_past():
+    """Vaswani et al. 2017 eq. 1, spelt out for one head, at position 0 where the rotation is none and at the last."""
+    torch.manual_seed(0)
+    mixer = Attention(Config(("attention",), d_model=6, n_head=1, n_kv_head=1)).double()
+    x = torch.randn(2, 5, 6, dtype=F64)
+    q, k = (rotate(p(x)[:, :, None], 0, 10000.0)[:, :, 0] for p in (mixer.q_proj, mixer.k_proj))
+    v = mixer.v_proj(x)
+    y, _ = mixer(x)
+    close(y[:, 0], mixer.o_proj(v[:, 0]))
+    weights = torch.softmax((q[:, 4:] @ k.transpose(1, 2)) / math.sqrt(6), dim=-1)
+    close(y[:, 4], mixer.o_proj((weights @ v)[:, 0]))
+
+
+def test_swiglu():
+    """Shazeer 2020 (2002.05202) eq. 6."""
+    torch.manual_seed(0)
+    mlp, x = MLP(Config(("mamba",), d_model=6)).double(), torch.randn(2, 3, 6, dtype=F64)
+    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    close(mlp(x), ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
+    assert len(gate) == 32  # 8/3 d_model, rounded up to a multiple of 32
+    assert len(MLP(Config(("mamba",), d_model=288)).up_proj.weight) == 768
+
+
+def test_a_mamba2_block_spelt_out():
+    """Mamba-2 figure 6 and mamba2.py: one projection, convolution over x, B, C, the recurrence, the gate, the norm.
+
+    Each of the 3 groups is normed on its own, which a peer with one group cannot show.
+    """
+    torch.manual_seed(0)
+    mixer = Mamba2(Config(("mamba2",), d_model=12, d_state=5, head_dim=4, n_group=3)).double()
+    u = torch.randn(2, 9, 12, dtype=F64)
+    nn.init.normal_(mixer.norm.weight)
+    nn.init.normal_(mixer.D)
+    z, x, B, C, dt = mixer.in_proj(u).split([24, 24, 15, 15, 6], dim=-1)
+    seen = F.pad(torch.cat([x, B, C], dim=-1).transpose(1, 2), (3, 0))
+    x, B, C = F.silu(mixer.conv1d(seen)[..., :9].transpose(1, 2)).split([24, 15, 15], dim=-1)
+    dt, h, ys = F.softplus(dt + mixer.dt_bias), torch.zeros(2, 6, 4, 5, dtype=F64), []
+    for t in range(9):
+        B_t, C_t = (m[:, t].reshape(2, 3, 5).repeat_interleave(2, dim=1) for m in (B, C))  # two heads a group
+        x_t, a = x[:, t].reshape(2, 6, 4), torch.exp(-dt[:, t] * mixer.A_log.exp())
+        h = a[..., None, None] * h + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x_t, B_t)
+        ys.append((torch.einsum("bhpn,bhn->bhp", h, C_t) + mixer.D[:, None] * x_t).flatten(1))
+    y = (torch.stack(ys, dim=1) * F.silu(z)).unflatten(-1, (3, 8))
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    close(mixer(u)[0], mixer.out_proj(y.flatten(2) * mixer.norm.weight))
+    close(mixer(u)[1].h, h)
+
+
+# Initialisation
+
+
+def test_steps_begin_between_one_thousandth_and_one_tenth():
+    """Mamba section 3.6: dt = softplus(bias) is log-uniform in [0.001, 0.1]: half of them below 0.01."""
+    torch.manual_seed(0)
+    dt = F.softplus(init_dt_bias(20_000).double())
+    assert 0.999e-3 < dt.min() < 1.01e-3 and 0.099 < dt.max() < 0.1001
+    assert abs((dt < 0.01).double().mean() - 0.5) < 0.02
+    for mixer, bias in ((Mamba(Config(d_model=64)), "dt_proj.bias"), (Mamba2(Config(d_model=64)), "dt_bias")):
+        dt = F.softplus(mixer.get_parameter(bias).detach())
+        assert (0.999e-3 < dt).all() and (dt < 0.1001).all()
+
+
+def test_decays_and_skips_begin_as_published():
+    """Mamba: A = -1 ... -n in every channel (S4D-Real), D = 1; Mamba-2: A uniform in [-16, -1], D = 1, norm = 1."""
+    torch.manual_seed(0)
+    mamba, mamba2 = Mamba(Config(d_model=64)), Mamba2(Config(d_model=2048, head_dim=4))
+    close(torch.exp(mamba.A_log), torch.arange(1.0, 17).expand(128, 16), 1e-6)
+    A = torch.exp(mamba2.A_log)
+    assert 1 <= A.min() < 1.1 and 15.9 < A.max() <= 16.001 and abs(A.mean() - 8.5) < 0.5
+    assert all((p == 1).all() for p in (mamba.D, mamba2.D, mamba2.norm.weight))
+    assert mamba.dt_proj.weight.abs().max() <= 4**-0.5  # rank d_model / 16
+
+
+def test_what_writes_into_the_residual_stream_shrinks_with_depth():
+    """GPT-2's rule as Mamba's code has it: output projections are divided by the root of the number of layers."""
+    torch.manual_seed(0)
+    one = LM(Config(("mamba",), d_model=64)).layers[0].mixer
+    torch.manual_seed(0)
+    four = LM(Config(("mamba",) * 4, d_model=64)).layers[0].mixer
+    close(four.out_proj.weight, one.out_proj.weight / 2, 1e-6)
+    assert torch.equal(four.in_proj.weight, one.in_proj.weight)
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+def test_an_untrained_model_guesses_uniformly(layer):
+    """The loss at step 0 is ln 256 = 5.545 nats, near enough."""
+    torch.manual_seed(0)
+    model, x = LM(Config((layer,) * 2, d_model=64)), tokens(257, b=4, vocab=256)
+    loss = F.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten())
+    assert abs(loss - math.log(256)) < 0.1
+
+
+def test_impossible_sizes_are_one_line_errors():
+    attention = dict(layers=("attention",))
+    for flags, message in ((dict(layers=("mamba3",)), '"mamba3" is not one of mamba, mamba2'),
+                           (dict(layers=()), "at least one layer"),
+                           (attention | dict(d_model=100, n_head=6), "--d_model 100 is not divisible by --n_head 6"),
+                           (attention | dict(n_head=4, n_kv_head=3), "--n_head 4 is not divisible by --n_kv_head 3"),
+                           (dict(layers=("mamba2",), d_model=50, head_dim=64), "is not divisible by --head_dim 64"),
+                           (dict(d_model=0), "--d_model 0 is not positive"), (dict(d_state=-1), "--d_state -1")):
+        with pytest.raises(ConfigError, match=message) as error:
+            Config(**flags)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="try 96 or 108"):
+        Config(("attention",), d_model=100, n_head=6)  # 96 and 108 are even multiples, as rotary positions need
+
+
+# Peers: other programs with the same weights
+
+
+def random_peer(peer, rename, config, **keep):
+    """Our model of that config with the peer's weights, which are made random first, norms and biases too."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in peer.named_parameters():
+            p += 0.2 * torch.randn_like(p)
+    ours = LM(config).to(next(peer.parameters()).dtype).eval()
+    ours.load_state_dict({rename(name): t for name, t in peer.state_dict().items()})
+    return ours
+
+
+def to_ours(name):
+    """A parameter's name here, from the one in transformers."""
+    for theirs, here in (("backbone.", ""), ("model.", ""), ("embeddings.", "embedding."), ("self_attn.", "mixer."),
+                         ("embed_tokens.", "embedding."), ("post_attention_layernorm.", "mlp_norm."),
+                         ("input_layernorm.", "norm.")):
+        name = name.replace(theirs, here)
+    return name if ".norm." in name or not name.startswith("norm.") else "norm_f" + name[4:]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_mamba_equals_transformers(tie):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=17, hidden_size=20, state_size=5, num_hidden_layers=3, tie_word_embeddings=tie)).double().eval()
+    ours = random_peer(peer, to_ours, Config(("mamba",) * 3, d_model=20, vocab=17, d_state=5, tie=tie))
+    with torch.no_grad():
+        close(ours(tokens(37))[0], peer(tokens(37), use_cache=False).logits.double(), 1e-5)
+
+
+def test_mamba2_equals_transformers():
+    """Its slow path, in chunks of 8, with one group: it norms over all groups, the published code over each."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
+        vocab_size=17, hidden_size=20, state_size=5, num_hidden_layers=3, num_heads=8, head_dim=5, n_groups=1,
+        chunk_size=8, tie_word_embeddings=False)).double().eval()
+    ours = random_peer(peer, to_ours, Config(("mamba2",) * 3, d_model=20, vocab=17, d_state=5, head_dim=5, tie=False))
+    with torch.no_grad():
+        close(ours(tokens(37))[0], peer(tokens(37), use_cache=False).logits.double(), 1e-5)
+
+
+def test_attention_equals_transformers_llama():
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=17, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=29, rms_norm_eps=1e-5, tie_word_embeddings=False)).double().eval()
+    config = Config(("attention+mlp",) * 3, d_model=24, vocab=17, n_head=4, n_kv_head=2, d_mlp=29, tie=False)
+    ours = random_peer(peer, to_ours, config)
+    with torch.no_grad():
+        close(ours(tokens(37))[0], peer(tokens(37), use_cache=False).logits.double(), 1e-5)
+
+
+@pytest.mark.parametrize("pscan", [False, True])
+def test_a_mamba_block_equals_mambapy(pscan):
+    """Names and shapes of the weights are the same too."""
+    peers = pytest.importorskip("mambapy.mamba")
+    torch.manual_seed(0)
+    block = peers.MambaBlock(peers.MambaConfig(d_model=20, n_layers=1, d_state=5, pscan=pscan)).double()
+    ours = Mamba(Config(("mamba",), d_model=20, d_state=5)).double()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += 0.2 * torch.randn_like(p)
+    block.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 37, 20, dtype=F64)
+    got, want = (torch.autograd.grad(y.square().sum(), list(m.parameters()), retain_graph=True) + (y,)
+                 for m, y in ((ours, ours(x)[0]), (block, block(x))))
+    names = [name for name, _ in block.named_parameters()]
+    got = dict(zip([name for name, _ in ours.named_parameters()] + ["y"], got))
+    for name, w in zip(names + ["y"], want, strict=True):
+        close(got[name], w, 1e-5)
+
+
+# Checkpoints
+
+
+def failure(path):
+    """The message of the CheckpointError that loading must raise: one line."""
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_saved_model_comes_back_bit_for_bit(kind, dtype, tmp_path):
+    model = make(kind, dtype)
+    save(tmp_path / "new folder" / "m.pt", model, step=3, note="text", moments={"a": torch.ones(2)})
+    again, extra = load(tmp_path / "new folder" / "m.pt")
+    assert again.config == model.config and not again.training
+    assert torch.equal(again(tokens(9))[0], model(tokens(9))[0]) and next(again.parameters()).dtype == dtype
+    assert extra["step"] == 3 and extra["note"] == "text" and torch.equal(extra["moments"]["a"], torch.ones(2))
+    assert os.listdir(tmp_path / "new folder") == ["m.pt"]
+    assert (again.lm_head.weight is again.embedding.weight) == model.config.tie
+
+
+def test_a_folder_gives_its_best_checkpoint_or_else_its_last(tmp_path):
+    model = make("mamba")
+    save(tmp_path / "last.pt", model, which="last")
+    assert load(tmp_path)[1]["which"] == "last"
+    save(tmp_path / "best.pt", model, which="best")
+    assert load(str(tmp_path))[1]["which"] == "best"
+
+
+def test_a_missing_file_and_an_empty_folder_say_how_to_train_one(tmp_path):
+    assert "python train.py --out" in failure(tmp_path / "none.pt")
+    assert "no best.pt or last.pt" in failure(tmp_path) and "python train.py --out" in failure(tmp_path)
+    assert "python train.py --out" in failure(tmp_path / "no such folder" / "best.pt")
+
+
+def test_a_path_below_a_file_is_a_missing_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("text")
+    failure(tmp_path / "file" / "best.pt")
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    path = tmp_path / "m.pt"
+    save(path, make("mamba"))
+    whole = path.read_bytes()
+    for size in (0, 1, 2, 10, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert f"{size:,} bytes" in failure(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / "m.pt"
+    random = np.random.default_rng(0)
+    noise = [bytes(random.integers(0, 256, 50, dtype=np.uint8)) for _ in range(100)]
+    texts = [b"hello\n", b"import os\n", b"\x80\x02}q\x00.", b"PK\x03\x04", b"0", b".", b"a.", b"\x80", b"N.", b"(l."]
+    for data in texts + noise:
+        path.write_bytes(data)
+        failure(path)
+
+
+def test_checkpoints_of_other_programs_are_told_by_their_format(tmp_path):
+    path = tmp_path / "m.pt"
+    for other in ({"weight": torch.ones(2)}, [1, 2], torch.ones(2), {"format": "bytestate-0"}, {}, None):
+        torch.save(other, path)
+        assert f"expected {FORMAT}" in failure(path)
+
+
+def test_a_checkpoint_that_does_not_fit_says_where(tmp_path):
+    path, model = tmp_path / "m.pt", make("mamba")
+    config = dataclasses.asdict(model.config)
+    for changes, message in (({"config": config | {"d_model": 16}}, "size mismatch"),
+                             ({"config": config | {"n_heads": 3}}, "n_heads"),
+                             ({"config": config | {"layers": ["mamba"]}}, "layers.1"),
+                             ({"config": config | {"layers": ["rwkv"]}}, "rwkv"), ({"model": {}}, "embedding.weight"),
+                             ({"config": config | {"d_model": "12"}}, ""), ({"config": config | {"layers": [1]}}, ""),
+                             ({"config": None}, ""), ({"model": [1]}, "")):
+        torch.save({"format": FORMAT, "config": config, "model": model.state_dict()} | changes, path)
+        found = failure(path)
+        assert "does not fit" in found and message in found
+    torch.save({"format": FORMAT, "model": model.state_dict()}, path)
+    assert "config" in failure(path)
+
+
+class Code:
+    """Pickles as a call of open: what a malicious checkpoint would do, with something worse than open."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    for name, write in (("zip", torch.save), ("pickle", lambda value, path: path.write_bytes(pickle.dumps(value)))):
+        path, target = tmp_path / f"{name}.pt", tmp_path / f"{name} was run"
+        write({"format": FORMAT, "config": Code(target), "model": {}}, path)
+        failure(path)
+        assert not target.exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
+    """The limit on a file's size stands for the disk's: writes beyond it fail with an OSError of the same kind."""
+    path, model = tmp_path / "best.pt", LM(Config(d_model=64))
+    save(path, make("mamba"))
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 40_000):  # nothing can be written; the middle of a model cannot
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(CheckpointError) as error:
+                save(path, model)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_a_rename_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "best.pt"
+    save(path, make("mamba"))
+    before = path.read_bytes()
+
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_module.os, "replace", fail)
+    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+        save(path, make("mamba2"))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_saving_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save(tmp_path / "file" / "best.pt", make("mamba"))
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save(tmp_path / "file" / "run" / "best.pt", make("mamba"))
+    assert (tmp_path / "file").read_text() == "text"

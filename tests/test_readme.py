@@ -1,0 +1,65 @@
+"""The README is executed: its commands run, and what it names exists."""
+import dataclasses
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags}
+
+
+def commands(script):
+    """The arguments of every command line of the README that calls script."""
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.S | re.M)
+    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    calls = [part for line in lines for part in re.split(r"&&|;|\|", line) if re.search(rf"(^|\s){script}\b", part)]
+    return [shlex.split(call[call.index(script) + len(script):]) for call in calls]
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
+    known |= {"--nproc_per_node", "--quick", "--json", "--help"}
+    assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", README)} <= known
+
+
+def test_every_file_and_test_in_the_readme_exists():
+    for name in set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README)) - {"input.txt", "me.txt"}:
+        assert (ROOT / name).exists(), name
+    for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", README)):
+        assert f"def {test}(" in (ROOT / file).read_text(), test
+
+
+@pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
+def test_training_commands_run(args, tmp_path, monkeypatch):
+    """Each with sizes cut down, on a small file in place of its corpus."""
+    text = tmp_path / "me.txt"
+    text.write_bytes(os.urandom(50) * 40)
+    assert train.parse(train.Flags, args, "")[0]  # as printed, every flag is known and every value of its type
+    small = {"data": text, "out": tmp_path / "run", "steps": 2, "minutes": 0, "d_model": 32, "n_layer": 1, "n_head": 2,
+             "seq_len": 8, "batch_size": 2, "device": "cpu", "accumulate": 1}
+    changing = [a for a in args if a in ("--resume", "--eval_only")]
+    if changing:  # these need a run to go on with
+        assert train.main([x for k, v in small.items() for x in ("--" + k, str(v))]) == 0
+        small = {k: v for k, v in small.items() if k in ("out", "steps", "data")} | {"steps": 3}
+    monkeypatch.setattr(train, "keep_memory", lambda: None)
+    cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
+    assert train.main([a for a in args if a != "--compile"] + cut) == 0
+
+
+@pytest.mark.parametrize("args", commands("sample.py"), ids=" ".join)
+def test_sampling_commands_run(args, tmp_path, capsysbinary):
+    text = tmp_path / "me.txt"
+    text.write_bytes(b"to be or not to be " * 20)
+    assert train.main(["--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", "--d_model", "32",
+                       "--n_layer", "1", "--seq_len", "8", "--batch_size", "2", "--device", "cpu"]) == 0
+    given = sample.parse(sample.Flags, args, "")[1]
+    prompt = [] if "prompt_file" not in given else ["--prompt_file", str(text)]
+    cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu", *prompt]
+    assert sample.main([a for a in args if a != "--compile"] + cut) == 0

@@ -1,0 +1,365 @@
+"""sample.py: the laws it draws from, generation against recomputation, streaming, prompts of any bytes, bad input."""
+import io
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample
+from model import LM, Config, save
+from sample import Writer, filter_logits, generate, prefill
+
+F64 = torch.float64
+SIZES = dict(d_model=16, d_state=5, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
+KINDS = {"mamba": Config(("mamba",) * 2, **SIZES),
+         "mamba2": Config(("mamba2",) * 2, **SIZES),
+         "attention": Config(("attention+mlp",) * 2, **SIZES, window=7),
+         "hybrid": Config(("mamba", "attention+mlp", "mamba2"), **SIZES)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def make(kind, scale=0.3):
+    torch.manual_seed(0)
+    model = LM(KINDS[kind]).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += scale * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a checkpoint of each kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in KINDS:
+        save(folder / kind / "best.pt", make(kind).float())
+    return folder
+
+
+def written(capsysbinary, *flags):
+    """What main writes to standard output; it must succeed."""
+    capsysbinary.readouterr()
+    assert sample.main([*map(str, flags), "--device", "cpu"]) == 0
+    return capsysbinary.readouterr().out
+
+
+def refused(capsys, flags, *parts):
+    """The error that main(flags) must give: one line on stderr that names all parts, status 2, nothing written."""
+    capsys.readouterr()
+    assert sample.main(list(map(str, flags))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: "), err
+    assert all(str(part) in err for part in parts), err
+
+
+def logs(*probabilities):
+    return torch.tensor(probabilities, dtype=F64).log()
+
+
+# The law
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 3.0]], dtype=F64)
+    for temperature in (0.3, 1.0, 2.5):
+        close(filter_logits(logits, temperature), torch.softmax(logits / temperature, -1))
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_in_a_tie():
+    law = filter_logits(torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0], [-1.0, -1.0, -1.0]]), 0, top_k=2, top_p=0.5)
+    assert law.tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44, 1e-300])
+def test_a_tiny_temperature_is_nearly_greedy_and_no_nan(temperature):
+    """logits / temperature is infinite, and infinity less infinity is no number."""
+    law = filter_logits(torch.tensor([3.0, 90.0, -40.0]), temperature)
+    close(law, torch.tensor([0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_top_k_keeps_exactly_k_also_in_a_tie(k):
+    for logits in ([1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5, [5.0, 4.0, 3.0, 2.0, 1.0]):
+        logits = torch.tensor(logits, dtype=F64)
+        law, before = filter_logits(logits, top_k=k), torch.softmax(logits, -1)
+        kept = law > 0
+        assert kept.sum() == k
+        assert all(before[i] >= before[j] for i in kept.nonzero() for j in (~kept).nonzero())
+        close(law[kept], before[kept] / before[kept].sum())
+
+
+def test_top_k_of_nothing_or_of_more_than_there_are_keeps_all():
+    logits = torch.tensor([1.0, 2.0, -3.0])
+    for k in (0, 3, 4, 1000):
+        assert torch.equal(filter_logits(logits, top_k=k), torch.softmax(logits, -1))
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    """Nucleus sampling (Holtzman et al. 2020, eq. 2), by going through all subsets."""
+    torch.manual_seed(0)
+    for logits in torch.randn(20, 5, dtype=F64) * 2:
+        before = torch.softmax(logits, -1)
+        for p in (1e-9, 0.1, 0.3, 0.5, 0.77, 0.9, 0.99, 0.9999):
+            law = filter_logits(logits, top_p=p)
+            kept = (law > 0).nonzero()[:, 0].tolist()
+            enough = [s for m in range(1, 6) for s in itertools.combinations(range(5), m) if before[list(s)].sum() >= p]
+            smallest = min(map(len, enough))
+            assert len(kept) == smallest and before[kept].sum() >= p
+            assert before[kept].sum() == max(before[list(s)].sum() for s in enough if len(s) == smallest)
+            close(law[kept], before[kept] / before[kept].sum())
+
+
+def test_top_p_always_leaves_one_and_one_keeps_all():
+    logits = logs(0.4, 0.3, 0.2, 0.1)
+    assert filter_logits(logits, top_p=1e-30).tolist() == [1, 0, 0, 0]
+    assert (filter_logits(logits, top_p=1.0) > 0).all()
+
+
+def test_top_k_comes_before_top_p_and_temperature_before_both():
+    """Of 0.4 0.3 0.2 0.1 the two likeliest are 4/7 and 3/7, and the first alone reaches 1/2; of all four it does not.
+
+    At temperature 1/2 they are squared, 16 9 4 1 of 30: there the first alone does.
+    """
+    logits = logs(0.4, 0.3, 0.2, 0.1)
+    assert filter_logits(logits, top_k=2, top_p=0.5).tolist() == [1, 0, 0, 0]
+    close(filter_logits(logits, top_p=0.5), torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=F64))
+    assert filter_logits(logits, temperature=0.5, top_p=0.5).tolist() == [1, 0, 0, 0]
+    close(filter_logits(logits, temperature=0.5, top_k=2), torch.tensor([16 / 25, 9 / 25, 0, 0], dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+def test_every_law_sums_to_one(dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 3, 11) * 3).to(dtype)
+    for temperature, k, p in itertools.product((0, 0.7, 1.0), (0, 1, 4, 20), (0.2, 0.9, 1.0)):
+        law = filter_logits(logits, temperature, k, p)
+        assert law.shape == logits.shape and (law >= 0).all()
+        assert law.dtype == (F64 if dtype == F64 else torch.float32)
+        close(law.sum(-1), torch.ones(2, 3, dtype=law.dtype), 1e-6)
+
+
+# Generation
+
+
+def greedy(logits):
+    return filter_logits(logits, 0)
+
+
+@every_kind
+@pytest.mark.parametrize("length", [1, 2, 10])
+def test_generation_equals_reading_the_whole_prefix_again_at_every_step(kind, length):
+    """What the state carries is all there is to carry (attention's window of 7 included)."""
+    model = make(kind)
+    text = torch.randint(256, (3, length), generator=torch.Generator().manual_seed(1))
+    tokens = torch.stack(list(generate(model, text, 25, greedy)), dim=1)
+    assert tokens.shape == (3, 25)
+    for i in range(25):
+        logits, _ = model(torch.cat([text, tokens[:, :i]], dim=1))
+        assert torch.equal(tokens[:, i], logits[:, -1].argmax(-1))
+    assert len(set(tokens.flatten().tolist())) > 5  # it does not just repeat itself
+
+
+@every_kind
+@pytest.mark.parametrize("piece", [1, 3, 7, 20])
+def test_a_prompt_read_in_pieces_is_the_prompt(kind, piece, monkeypatch):
+    model, text = make(kind), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
+    logits, state = prefill(model, text)
+    monkeypatch.setattr(sample, "PREFILL", piece)
+    logits2, state2 = prefill(model, text)
+    close(logits2, logits)
+    close(logits, model(text)[0][:, -1])
+    for layer, layer2 in zip(state, state2, strict=True):
+        for t, t2 in zip(layer, layer2, strict=True):
+            close(t2, t)
+
+
+@pytest.mark.parametrize("kind, bounded_after", [("mamba", 0), ("mamba2", 0), ("attention", 7)])
+def test_memory_is_constant_however_much_is_written(kind, bounded_after):
+    """A state-space model from the first byte on, attention once its window is full."""
+    model, sizes = make(kind), []
+
+    def step(token, state):
+        logits, state = model(token, state)
+        sizes.append(sum(t.untyped_storage().nbytes() for layer in state for t in layer))
+        return logits, state
+
+    list(generate(model, torch.tensor([[10]]), 60, greedy, step=step))
+    assert len(sizes) == 59 and len(set(sizes[bounded_after:])) == 1 and max(sizes) == sizes[-1]
+
+
+def test_draws_follow_the_law():
+    """A model of constant logits: 4,000 bytes land in proportion, four standard deviations wide."""
+    law = torch.tensor([0.5, 0.3, 0.2, 0.0])
+
+    def model(tokens, state=None):
+        return law.log().expand(*tokens.shape, 4), ()
+
+    drawn = torch.stack(list(generate(model, torch.zeros(400, 1, dtype=torch.long), 10, filter_logits,
+                                      torch.Generator().manual_seed(0))))
+    share = torch.bincount(drawn.flatten(), minlength=4) / 4000
+    assert ((share - law).abs() <= 4 * (law * (1 - law) / 4000).sqrt()).all()
+
+
+# Streaming
+
+TEXT = "aé€😀z\n".encode()  # characters of one to four bytes
+
+
+class Stream(io.BytesIO):
+    """Remembers what had been flushed."""
+
+    def flush(self):
+        self.flushed = self.getvalue()
+
+
+@pytest.mark.parametrize("cuts", [*itertools.combinations(range(len(TEXT) + 1), 2), tuple(range(1, len(TEXT)))])
+def test_characters_appear_as_soon_as_they_are_complete(cuts):
+    stream, end = Stream(), 0
+    writer = Writer(stream, raw=False)
+    for start, end in itertools.pairwise([0, *cuts, len(TEXT)]):
+        writer.write(TEXT[start:end])
+        assert stream.flushed == TEXT[:end].decode(errors="ignore").encode()
+    writer.write(b"", final=True)
+    assert stream.flushed == TEXT
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"a\x80b", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3(", b"\xed\xa0\x80",
+                                  b"\xe2\x82a\xe2\x82", bytes(range(256))])
+def test_invalid_bytes_are_shown_as_replacement_characters(data):
+    """However the bytes come, and whatever is incomplete at the end is shown at the end."""
+    for size in (1, 2, len(data)):
+        stream = Stream()
+        writer = Writer(stream, raw=False)
+        for i in range(0, len(data), size):
+            writer.write(data[i:i + size])
+            stream.flushed.decode()  # valid at any time
+        writer.write(b"", final=True)
+        assert stream.flushed == data.decode(errors="replace").encode() and "\ufffd".encode() in stream.flushed
+
+
+def test_raw_bytes_pass_at_once_and_untouched():
+    stream = Stream()
+    writer = Writer(stream, raw=True)
+    for i in range(256):
+        writer.write(bytes([i]))
+        assert stream.flushed == bytes(range(i + 1))
+    writer.write(b"", final=True)
+    assert stream.flushed == bytes(range(256))
+
+
+# The script
+
+
+@every_kind
+def test_the_script_writes_prompt_and_bytes(kind, runs, capsysbinary):
+    flags = ("--ckpt", runs / kind, "--bytes", 30, "--prompt", "né")
+    raw = written(capsysbinary, *flags, "--raw")
+    assert len(raw) == len("né".encode()) + 30 and raw.startswith("né".encode())
+    assert written(capsysbinary, *flags) == raw.decode(errors="replace").encode() + b"\n"
+
+
+def test_the_script_writes_what_generate_generates(runs, capsysbinary):
+    text = written(capsysbinary, "--ckpt", runs / "mamba2" / "best.pt", "--bytes", 20, "--temperature", 0, "--raw",
+                   "--prompt", "ab", "--dtype", "float64")
+    tokens = generate(make("mamba2").float().double(), torch.tensor([list(b"ab")]), 20, greedy)
+    assert text == b"ab" + bytes(token.item() for token in tokens)
+
+
+@every_kind
+def test_a_seed_reproduces_and_another_seed_does_not(kind, runs, capsysbinary):
+    flags = ("--ckpt", runs / kind, "--bytes", 40, "--raw", "--seed")
+    first, again, other = (written(capsysbinary, *flags, seed) for seed in (3, 3, 4))
+    assert first == again and first != other
+
+
+def test_greedy_does_not_depend_on_the_seed(runs, capsysbinary):
+    flags = ("--ckpt", runs / "mamba", "--bytes", 20, "--raw")
+    text = written(capsysbinary, *flags, "--temperature", 0, "--seed", 3)
+    assert text == written(capsysbinary, *flags, "--top_k", 1, "--seed", 4)
+    assert text == written(capsysbinary, *flags, "--top_p", 1e-9, "--seed", 5)
+
+
+def test_without_a_prompt_it_begins_as_after_a_newline(runs, capsysbinary):
+    flags = ("--ckpt", runs / "mamba", "--bytes", 20, "--raw")
+    assert b"\n" + written(capsysbinary, *flags) == written(capsysbinary, *flags, "--prompt", "\n")
+
+
+def test_a_prompt_may_hold_any_bytes_from_a_flag_a_file_or_standard_input(runs, capsysbinary, tmp_path, monkeypatch):
+    """Undecodable bytes of a flag arrive as surrogates."""
+    prompt = bytes(range(1, 256))
+    (tmp_path / "prompt").write_bytes(prompt)
+    monkeypatch.setattr(sample.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(prompt)))
+    flags = ("--ckpt", runs / "mamba2", "--bytes", 20, "--raw")
+    by_flag = written(capsysbinary, *flags, "--prompt=" + prompt.decode("utf-8", "surrogateescape"))
+    assert by_flag.startswith(prompt) and len(by_flag) == 275
+    assert written(capsysbinary, *flags, "--prompt_file", tmp_path / "prompt") == by_flag
+    assert written(capsysbinary, *flags, "--prompt_file", "-") == by_flag
+    shown = written(capsysbinary, *flags[:-1], "--prompt_file", tmp_path / "prompt").decode()  # valid UTF-8
+    assert shown == by_flag.decode(errors="replace") + "\n"
+
+
+def test_a_batch_is_several_texts_under_headings(runs, capsysbinary):
+    flags = ("--ckpt", runs / "mamba", "--bytes", 30, "--prompt", "ab", "--batch", 3)
+    raw = written(capsysbinary, *flags, "--raw")
+    texts = [raw[i:i + 32] for i in range(0, 96, 32)]
+    assert len(raw) == 96 and all(text.startswith(b"ab") for text in texts) and len(set(texts)) == 3
+    shown = [text.decode(errors="replace").encode() for text in texts]
+    want = b"".join(b"--- %d of 3\n%b\n" % (i + 1, text) for i, text in enumerate(shown))
+    assert written(capsysbinary, *flags) == want
+
+
+def test_attention_says_what_it_keeps(runs, capsys):
+    sample.main(["--ckpt", str(runs / "attention"), "--bytes", "1", "--device", "cpu"])
+    assert "cache of its last 7 positions" in capsys.readouterr().err
+    sample.main(["--ckpt", str(runs / "mamba2"), "--bytes", "1", "--device", "cpu"])
+    assert "cache" not in capsys.readouterr().err
+
+
+def test_ctrl_c_and_a_closed_pipe_end_quietly(runs, monkeypatch, capsys):
+    flags = ["--ckpt", str(runs / "mamba"), "--bytes", "9", "--device", "cpu"]
+    for stop in (KeyboardInterrupt, BrokenPipeError):
+        def interrupted(*args, **kwargs):
+            yield torch.tensor([65])
+            raise stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "generate", interrupted)
+            patch.setattr(sample.sys, "stdout", sample.sys.stdout)  # put back afterwards
+            assert sample.main(flags) == 130
+        assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ("--temperature -1", ["--temperature -1"]), ("--temperature nan", ["--temperature nan"]),
+    ("--temperature inf", ["--temperature"]),
+    ("--temperature hot", ["--temperature", "hot"]), ("--top_p 0", ["--top_p 0"]), ("--top_p 1.5", ["--top_p 1.5"]),
+    ("--top_p nan", ["--top_p nan"]), ("--top_k -1", ["--top_k -1"]), ("--bytes 0", ["--bytes 0"]),
+    ("--bytes -5", ["--bytes -5"]),
+    ("--bytes 1.5", ["--bytes", "1.5"]), ("--batch 0", ["--batch 0"]),
+    ("--prompt a --prompt_file b", ["--prompt", "--prompt_file"]),
+    ("--prompt_file no_such_file", ["no_such_file"]), ("--prompt_file .", ["--prompt_file ."]),
+    ("--promt a", ["--promt"]),
+    ("--device tpu9", ["--device tpu9"]), ("--dtype int8", ["--dtype int8"]),
+    ("--seed 99999999999999999999", ["--seed 99999999999999999999"])])
+def test_bad_flags_are_one_line(flags, parts, runs, capsys):
+    refused(capsys, ["--ckpt", runs / "mamba", *flags.split()], *parts)
+
+
+def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
+    refused(capsys, ["--ckpt", tmp_path / "none"], tmp_path / "none", "python train.py")
+    refused(capsys, ["--ckpt", tmp_path], "no best.pt or last.pt")
+    whole = (runs / "mamba" / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    refused(capsys, ["--ckpt", tmp_path / "cut.pt"], "cut.pt", "cut short")
+    (tmp_path / "text.pt").write_text("hello")
+    refused(capsys, ["--ckpt", tmp_path / "text.pt"], "text.pt", "not a checkpoint")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_cuda_where_there_is_none(runs, capsys):
+    refused(capsys, ["--ckpt", runs / "mamba", "--device", "cuda"], "--device cuda", "--device cpu")

@@ -1,0 +1,540 @@
+"""train.py: what is decayed, exact resume, how validation counts, schedules, and every bad input as one line."""
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import sample
+import train
+from model import LM, Config, load
+from train import Flags, decay_groups, evaluate, learning_rate, make_optimizer
+
+ROOT = Path(train.__file__).parent
+TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
+        "--device cpu").split()
+KEYS = ["step", "bytes", "seconds", "train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second"]
+LAYERS = ["mamba", "mamba2", "attention"]
+F64 = torch.float64
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A file of 1,000 bytes; its last 100 validate."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(100))[:1000])
+    return path
+
+
+def argv(corpus, out, *flags):
+    return [*TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)]
+
+
+def go(corpus, out, *flags):
+    """A run that must succeed: its log."""
+    assert train.main(argv(corpus, out, *flags)) == 0
+    return read_log(out)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log):
+    return [(line["step"], line["train_bpb"]) for line in log if line["train_bpb"] is not None]
+
+
+def weights(path):
+    return load(path)[0].state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def contents(folder):
+    """Every file below a folder, with its bytes."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def shown(text):
+    """The lines of a terminal: a bar that is drawn again starts with a carriage return."""
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def refused(capsys, flags, *parts):
+    """The error that main(flags) must give: one line on stderr that names all parts, status 2."""
+    capsys.readouterr()
+    assert train.main(list(map(str, flags))) == 2
+    err = capsys.readouterr().err
+    errors = [line for line in shown(err) if not re.search(r"\d+% ?\|", line)]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "Traceback" not in err, err
+    for part in parts:
+        assert str(part) in errors[0]
+    return errors[0]
+
+
+def at_step(monkeypatch, step, action):
+    """Runs action when the windows of a step are drawn."""
+    draw = train.windows
+
+    def windows(data, length, batch, seed, now):
+        if now == step and batch > 1:  # a batch of one is the check before the loop
+            action()
+        return draw(data, length, batch, seed, now)
+
+    monkeypatch.setattr(train, "windows", windows)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_parameter_groups_partition_the_parameters_and_decay_linear_weights_only(layer, tie):
+    """Mamba's A_log, D and dt_bias must not be pulled to zero; nor embeddings, norms, biases and the convolution."""
+    model = LM(Config((layer,) * 2, d_model=16, head_dim=8, tie=tie))
+    groups = decay_groups(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(groups["decayed"] + groups["not decayed"]) == sorted(names)
+    assert all(re.search(r"(proj|lm_head)\.weight$", name) for name in groups["decayed"])
+    for name in groups["not decayed"]:
+        assert re.search(r"A_log$|\.D$|dt_bias$|embedding\.weight$|conv1d|norm|\.bias$", name), name
+    assert ("lm_head.weight" in groups["decayed"]) == (not tie)
+    optimizer = make_optimizer(model, 0.1, 0.3)
+    decayed, rest = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3 and rest["weight_decay"] == 0
+    assert [len(decayed["params"]), len(rest["params"])] == [len(groups["decayed"]), len(groups["not decayed"])]
+    assert len({id(p) for p in decayed["params"] + rest["params"]}) == len(names)
+
+
+def test_a_step_without_gradient_shrinks_linear_weights_and_nothing_else():
+    torch.manual_seed(0)
+    model = LM(Config(("mamba", "mamba2", "attention+mlp"), d_model=16, head_dim=8))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, 0.1, 0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head.weight"}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in linear else 1))
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
+    c = Flags(lr=2.0, warmup=10)
+    assert [learning_rate(c, step, 0) for step in (0, 4, 9, 50)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert [learning_rate(c, 99, progress) for progress in (0.5, 1.0, 1.2)] == pytest.approx([1.05, 0.1, 0.1])
+    rates = [learning_rate(c, 99, i / 20) for i in range(21)]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(Flags(lr=2.0, warmup=0), 0, 0) == 2.0
+
+
+# Validation
+
+
+def direct_bpb(model, data, start_of):
+    """Bits per byte, one byte after the other: each from the bytes since start_of(i), the byte before that first."""
+    bits, read = 0.0, b"\n" + bytes(data)
+    for i, byte in enumerate(bytes(data)):
+        logits, _ = model(torch.tensor([list(read[start_of(i):i + 1])]))
+        bits -= torch.log_softmax(logits[0, -1], -1)[byte].item() / math.log(2)
+    return bits / len(data)
+
+
+def random_model(layer):
+    torch.manual_seed(0)
+    model = LM(Config((layer,), d_model=16, head_dim=8, d_state=4, n_head=2, n_kv_head=1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("size, seq_len", [(37, 8), (32, 8), (5, 8), (1, 3), (7, 1)])
+def test_validation_scores_each_byte_once_in_windows(layer, size, seq_len):
+    """Each byte from what its window has shown; a shorter last window counts too, the batch does not matter."""
+    model, data = random_model(layer), np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    want = direct_bpb(model, data, lambda i: i // seq_len * seq_len)
+    for batch in (1, 2, 3, 100):
+        assert evaluate(model, data, seq_len, batch) == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+def test_carried_validation_is_one_pass_over_the_whole(layer):
+    """The state goes from piece to piece, so the size of the pieces does not matter."""
+    model, data = random_model(layer), np.random.default_rng(0).integers(0, 256, 41, dtype=np.uint8)
+    want = direct_bpb(model, data, lambda i: 0)
+    for seq_len, batch in ((1, 1), (2, 3), (8, 1), (7, 4), (41, 1), (1000, 2)):
+        assert evaluate(model, data, seq_len, batch, carried=True) == pytest.approx(want, rel=1e-10)
+
+
+def test_validation_runs_without_dropout_and_leaves_the_random_state_alone():
+    model = random_model("mamba")
+    model.layers[0].dropout.p = 0.5
+    data, before = np.arange(40, dtype=np.uint8), torch.get_rng_state()
+    assert evaluate(model.train(), data, 8, 2) == evaluate(model, data, 8, 2)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+# The run
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_run_logs_every_step_and_ends_with_a_validation(layer, corpus, tmp_path, capsys):
+    """Keys of the log as fixed; the first lines say what is decayed, where it runs, and the loss beside ln 256."""
+    log = go(corpus, tmp_path / "run", "--layer", layer)
+    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "log.jsonl"]
+    assert all(list(line) == KEYS for line in log)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 4]
+    assert [line["bytes"] for line in log] == [64, 128, 192, 256, 256]
+    assert log[0]["train_bpb"] == pytest.approx(8, abs=0.3)
+    assert all(line["train_bpb"] > 0 and line["val_bpb"] is None and line["bytes_per_second"] > 0 for line in log[:4])
+    assert 0 < log[4]["val_bpb"] < 8.5 and (log[4]["val_bpb_carried"] is None) == (layer == "attention")
+    model, extra = load(tmp_path / "run")
+    assert extra["step"] == 4 and extra["flags"]["layer"] == layer
+    val = np.fromfile(corpus, np.uint8)[900:]
+    assert evaluate(model, val, 16, 4) == pytest.approx(log[4]["val_bpb"], rel=1e-6)
+    out = capsys.readouterr().out
+    for part in ("900 bytes to train on, 100 to validate", "decayed", "not decayed", "cpu, float32", "ln 256 = 5.545",
+                 f"{log[4]['val_bpb']:.4f}", "gzip -9", "python sample.py --ckpt"):
+        assert part in out
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in out
+
+
+def test_training_learns(corpus, tmp_path):
+    log = go(corpus, tmp_path / "run", "--steps", 60, "--lr", 0.01)
+    assert losses(log)[-1][1] < 0.7 * losses(log)[0][1]
+    assert log[-1]["val_bpb"] < 0.7 * losses(log)[0][1]
+
+
+def test_the_same_seed_trains_the_same_model_and_another_seed_another(corpus, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        go(corpus, tmp_path / name, "--seed", seed)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def test_best_is_kept_and_last_goes_on(corpus, tmp_path, monkeypatch):
+    """Validation figures that fall and rise again: best.pt is the lowest, also across a resume."""
+    figures = iter([5.0, 4.0, 4.5])
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None})
+    go(corpus, tmp_path / "run", "--steps", 6, "--eval_every", 2)
+    assert load(tmp_path / "run" / "best.pt")[1]["step"] == 4 and load(tmp_path / "run" / "last.pt")[1]["step"] == 6
+    figures = iter([4.2])
+    go(corpus, tmp_path / "run", "--steps", 8, "--resume")
+    assert load(tmp_path / "run" / "best.pt")[1]["step"] == 4
+
+
+def test_a_resume_right_after_the_best_validation_still_knows_it(corpus, tmp_path, monkeypatch):
+    """The checkpoint written at a validation holds its figure, so a worse one later does not replace best.pt."""
+    figures = iter([4.0])
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None})
+    go(corpus, tmp_path / "run")
+    figures = iter([4.5])
+    go(corpus, tmp_path / "run", "--steps", 6, "--resume")
+    assert load(tmp_path / "run" / "best.pt")[1]["step"] == 4
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_accumulation_changes_nothing_but_memory(layer, corpus, tmp_path):
+    """A step in 2 or 4 parts has the loss and the gradient of the whole (float64)."""
+    flags = ("--layer", layer, "--dtype", "float64", "--accumulate")
+    whole, two, four = (losses(go(corpus, tmp_path / str(parts), *flags, parts)) for parts in (1, 2, 4))
+    for parts in (two, four):
+        assert parts == [(step, pytest.approx(bpb, rel=1e-10)) for step, bpb in whole]
+
+
+def test_the_gradient_norm_is_clipped(corpus, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def note(self, *args, **kwargs):
+        norms.append(math.sqrt(sum(p.grad.square().sum().item() for g in self.param_groups for p in g["params"])))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    go(corpus, tmp_path / "a", "--grad_clip", 0.01)
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    norms.clear()
+    go(corpus, tmp_path / "b", "--grad_clip", 0)
+    assert len(norms) == 4 and min(norms) > 0.02  # 0 is no clipping
+
+
+def test_the_clock_ends_a_run_given_in_minutes_and_sets_its_schedule(corpus, tmp_path, monkeypatch):
+    """A clock that moves half a second a look: a step takes half a second, and 3 seconds are six steps."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 2))
+    log = go(corpus, tmp_path / "run", "--minutes", 0.05, "--eval_every", 2)
+    trained = [line for line in log if line["train_bpb"] is not None]
+    assert [line["seconds"] for line in trained] == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3])  # validations do not count
+    c = Flags(warmup=2)
+    assert [line["lr"] for line in trained] == pytest.approx([learning_rate(c, i, i / 6) for i in range(6)])
+
+
+def test_eval_only_prints_what_the_log_has(corpus, tmp_path, capsys):
+    last = go(corpus, tmp_path / "run")[-1]
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(["--out", str(tmp_path / "run"), "--eval_only", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert f"{last['val_bpb']:.4f} bits per byte, windows of 16" in out and f"{last['val_bpb_carried']:.4f}" in out
+    assert contents(tmp_path / "run") == before
+
+
+def test_eval_only_keeps_the_dtype_of_the_run(corpus, tmp_path, monkeypatch):
+    go(corpus, tmp_path / "run", "--dtype", "float64")
+    seen = []
+    monkeypatch.setattr(train, "validate", lambda model, *args: seen.append(next(model.parameters()).dtype) or
+                        {"val_bpb": 1.0, "val_bpb_carried": None})
+    assert train.main(["--out", str(tmp_path / "run"), "--eval_only"]) == 0
+    assert seen == [F64]
+
+
+# Stopping and resuming
+
+
+@pytest.mark.parametrize("layer, number, extra", [
+    ("mamba", signal.SIGINT, []), ("mamba2", signal.SIGTERM, ["--dropout", 0.1]),
+    ("attention", signal.SIGINT, ["--dropout", 0.1, "--accumulate", 2]),
+    ("mamba2", signal.SIGINT, ["--eval_every", 3])])
+def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, capsys):
+    """Stopped by a signal in the middle and resumed: the losses and weights of a run without a stop, bit for bit."""
+    extra = ["--layer", layer, "--steps", 7, *extra]
+    whole = go(corpus, tmp_path / "whole", *extra)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        capsys.readouterr()
+        assert train.main(argv(corpus, tmp_path / "parts", *extra)) == 128 + number
+    out = capsys.readouterr().out
+    assert str(tmp_path / "parts") in out and "--resume" in out and "step 4" in out
+    assert load(tmp_path / "parts" / "last.pt")[1]["step"] == 4
+    assert train.main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
+    parts = read_log(tmp_path / "parts")
+    for figure in ("step", "bytes", "train_bpb", "val_bpb", "val_bpb_carried", "lr"):
+        assert [line[figure] for line in parts] == [line[figure] for line in whole], figure
+    for name in ("last.pt", "best.pt"):
+        assert same(weights(tmp_path / "parts" / name), weights(tmp_path / "whole" / name))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_gives_its_status(number, status, corpus, tmp_path, monkeypatch):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
+    assert train.main(argv(corpus, tmp_path / "run")) == status
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert sorted(os.listdir(tmp_path / "run")) == ["last.pt", "log.jsonl"]
+
+
+def test_a_signal_during_validation_loses_nothing(corpus, tmp_path, monkeypatch):
+    whole = go(corpus, tmp_path / "whole")
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert train.main(argv(corpus, tmp_path / "parts")) == 130
+    assert train.main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert losses(read_log(tmp_path / "parts")) == losses(whole)
+    assert read_log(tmp_path / "parts")[-1]["val_bpb"] == whole[-1]["val_bpb"]
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint_and_its_log(corpus, tmp_path, monkeypatch):
+    """Steps after the checkpoint are run again and stand in the log once; a line cut in the middle is dropped."""
+    whole = go(corpus, tmp_path / "whole", "--steps", 6, "--eval_every", 3)
+
+    def crash():
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        at_step(patch, 5, crash)
+        train.main(argv(corpus, tmp_path / "parts", "--steps", 6, "--eval_every", 3))
+    with open(tmp_path / "parts" / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "by')
+    assert train.main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert losses(read_log(tmp_path / "parts")) == losses(whole)
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_can_be_given_more_steps(corpus, tmp_path, capsys):
+    go(corpus, tmp_path / "run")
+    log = go(corpus, tmp_path / "run", "--steps", 6, "--resume")
+    assert [step for step, _ in losses(log)] == [1, 2, 3, 4, 5, 6]
+    assert "--steps 6 (was 4)" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, capsys, monkeypatch):
+    """Step, learning rate and what is left to go on from; that checkpoint is as it was."""
+    go(corpus, tmp_path / "run", "--steps", 2)
+    before = (tmp_path / "run" / "last.pt").read_bytes(), (tmp_path / "run" / "best.pt").read_bytes()
+    step = train.train_step
+
+    def blow_up(*args):
+        return step(*args) * math.nan
+
+    monkeypatch.setattr(train, "train_step", blow_up)
+    message = refused(capsys, argv(corpus, tmp_path / "run", "--resume", "--steps", 5), "step 2", "last.pt", "--resume")
+    assert re.search(r"learning rate \d\.\d\de-\d\d", message)
+    assert before == ((tmp_path / "run" / "last.pt").read_bytes(), (tmp_path / "run" / "best.pt").read_bytes())
+    refused(capsys, argv(corpus, tmp_path / "new"), "step 0", "learning rate", "nothing was saved")
+
+
+def test_a_step_that_is_far_too_long_stops_the_run(corpus, tmp_path, capsys):
+    refused(capsys, argv(corpus, tmp_path / "run", "--lr", 1e30, "--warmup", 0), "loss is", "step 1", "e+29")
+
+
+def test_a_checkpoint_that_is_called_good_is_good(corpus, tmp_path, capsys):
+    """The step that ruins the weights still has a finite loss of its own: a validation right after it must not save
+    them as the last good checkpoint."""
+    flags = argv(corpus, tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--eval_every", 1)
+    refused(capsys, flags, "loss is")
+    if (tmp_path / "run" / "last.pt").exists():
+        assert math.isfinite(evaluate(load(tmp_path / "run" / "last.pt")[0], np.fromfile(corpus, np.uint8), 16, 4))
+
+
+def test_a_run_that_ends_in_ruins_says_so(corpus, tmp_path, capsys):
+    """The last step is followed by no other whose loss would show it; the validation does."""
+    refused(capsys, argv(corpus, tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--steps", 1))
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()  # no JSON
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ("--d_modl 3", ["--d_modl"]), ("--step 3", ["--step"]), ("extra", ["extra"]), ("--steps many", ["--steps", "many"]),
+    ("--layer mamba3", ["mamba3", "mamba2", "attention"]), ("--steps 0", ["--steps 0"]), ("--steps -1", ["--steps -1"]),
+    ("--d_model -16", ["--d_model -16"]), ("--n_layer 0", ["--n_layer 0"]), ("--seq_len -5", ["--seq_len -5"]),
+    ("--batch_size 0", ["--batch_size 0"]), ("--d_state -1", ["--d_state -1"]), ("--head_dim 0", ["--head_dim 0"]),
+    ("--head_dim 7", ["head_dim 7"]), ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
+    ("--minutes inf", ["--minutes"]),
+    ("--dropout 1", ["--dropout 1"]), ("--layer attention --n_head 3", ["--d_model 16", "--n_head 3"]),
+    ("--layer attention --n_head 0", ["--n_head 0"]), ("--seed -1", ["--seed -1"]),
+    ("--seed 99999999999999999999", ["--seed 99999999999999999999"]), ("--grad_clip nan", ["--grad_clip"]),
+    ("--accumulate 3", ["--batch_size 4", "--accumulate 3"]), ("--device tpu9", ["--device tpu9", "--device cpu"]),
+    ("--device meta", ["--device meta"]), ("--dtype float16", ["--dtype float16", "float64"]),
+    ("--seq_len 900", ["900 bytes", "901", "--seq_len"]), ("--data no_such_file", ["no_such_file", "shakespeare"]),
+    ("--resume", ["last.pt", "python train.py"]), ("--eval_only", ["python train.py"])])
+def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
+    refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_cuda_where_there_is_none(corpus, tmp_path, capsys):
+    refused(capsys, argv(corpus, tmp_path / "run", "--device", "cuda"), "--device cuda", "--device cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"a", b"ab"])
+def test_a_corpus_too_small(data, corpus, tmp_path, capsys):
+    corpus.write_bytes(data)
+    refused(capsys, argv(corpus, tmp_path / "run"), "bytes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(corpus, tmp_path, capsys):
+    """Neither by a new one, nor by a resume that does not fit or a checkpoint that is cut short."""
+    out = tmp_path / "run"
+    go(corpus, out)
+    before = contents(out)
+    refused(capsys, argv(corpus, out), "holds a run", "--resume", "another --out")
+    for name, value, was in (("d_model", 32, 16), ("layer", "mamba", "mamba2"), ("n_layer", 2, 1), ("d_state", 8, 4),
+                             ("head_dim", 16, 8), ("n_head", 4, 2)):
+        refused(capsys, ["--out", out, "--resume", f"--{name}", value], f"--{name} {was}", value, "another --out")
+    refused(capsys, ["--out", out, "--resume", "--batch_size", 4, "--accumulate", 3], "--accumulate 3")
+    refused(capsys, ["--out", out, "--resume", "--data", tmp_path / "gone"], "gone")
+    assert contents(out) == before
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[:len(whole) // 2])
+    before = contents(out)
+    refused(capsys, ["--out", out, "--resume"], "last.pt", "cut short")
+    assert contents(out) == before
+
+
+def test_any_file_of_a_run_is_enough_to_refuse_a_new_one(corpus, tmp_path, capsys):
+    for name in ("last.pt", "best.pt", "log.jsonl"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        refused(capsys, argv(corpus, folder), "holds a run")
+        assert contents(folder) == {str(folder / name): b"precious"}
+
+
+def test_a_model_without_a_run_cannot_be_resumed(corpus, tmp_path, capsys):
+    train.save(tmp_path / "run" / "last.pt", LM(Config(d_model=16, head_dim=8)))
+    refused(capsys, argv(corpus, tmp_path / "run", "--resume"), "no run to resume")
+
+
+def test_an_out_folder_that_cannot_be_made(corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run"):
+        refused(capsys, argv(corpus, out), "--out", out)
+    for switch in ("--resume", "--eval_only"):
+        refused(capsys, argv(corpus, tmp_path / "file" / "run", switch), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_help_mentions_every_flag_with_its_default(capsys):
+    for script, flags in ((train, train.Flags), (sample, sample.Flags)):
+        with pytest.raises(SystemExit) as done:
+            script.main(["-h"])
+        assert done.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for f in dataclasses.fields(flags):
+            assert f"--{f.name}" in text and f.metadata["help"].split()[0] in text
+            assert f.default == "" or f"(default: {f.default})" in text
+
+
+def test_flags_have_the_types_of_their_defaults():
+    c, given = train.parse(Flags, "--lr 1 --steps 3 --resume --no-compile --out x".split(), "")
+    assert (c.lr, c.steps, c.resume, c.compile, c.out) == (1.0, 3, True, False, "x")
+    assert given == {"lr": 1.0, "steps": 3, "resume": True, "compile": False, "out": "x"}
+    assert all(type(f.default) is f.type for f in dataclasses.fields(Flags))
+
+
+# As a user runs it
+
+
+def script(*command):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, timeout=300)
+
+
+def test_train_and_sample_from_the_command_line(corpus, tmp_path, capfdbinary):
+    out = tmp_path / "run"
+    done = script("train.py", *argv(corpus, out))
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
+    assert sorted(os.listdir(out)) == ["best.pt", "last.pt", "log.jsonl"]
+    assert all(list(line) == KEYS for line in read_log(out)) and len(read_log(out)) == 5
+    assert sample.main(["--ckpt", str(out), "--bytes", "20", "--prompt", "12", "--raw", "--device", "cpu"]) == 0
+    written = capfdbinary.readouterr().out
+    assert len(written) == 22 and written.startswith(b"12")
+
+
+def test_two_processes_train_like_one(corpus, tmp_path):
+    """torchrun with gloo: the same seed and global batch give the same losses to rounding (float64), and one log."""
+    one = go(corpus, tmp_path / "one", "--dtype", "float64", "--accumulate", 2)
+    two = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                 *argv(corpus, tmp_path / "two", "--dtype", "float64", "--accumulate", 2))
+    assert two.returncode == 0, two.stderr.decode()
+    two = read_log(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for figure in ("train_bpb", "val_bpb", "val_bpb_carried", "lr"):
+        for a, b in zip(one, two):
+            assert a[figure] == b[figure] or a[figure] == pytest.approx(b[figure], rel=1e-10), figure
+    for name, w in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], w, rtol=1e-9, atol=1e-9)
