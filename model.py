@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from scan import selective_scan, ssd
 
@@ -78,23 +79,48 @@ def make_norm(c):
 # Pieces that Mamba and Mamba-2 share
 
 
+class _CausalConv(torch.autograd.Function):
+    """y_t = bias + sum_j taps_j x_{t+j}: seen (b, k-1+l, d), taps (k, d), bias (d,) -> y (b, l, d).
+
+    The same shifted products run backwards, into one buffer: autograd would make a dozen tensors of the size of y, and
+    a tenth of a training step on a CPU goes into touching their memory.
+    """
+
+    @staticmethod
+    def forward(ctx, seen, taps, bias):
+        k, l = len(taps), seen.shape[1] - len(taps) + 1
+        ctx.save_for_backward(seen, taps)
+        y = torch.addcmul(bias, seen[:, :l], taps[0])
+        for j in range(1, k):
+            y.addcmul_(seen[:, j:j + l], taps[j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        seen, taps = ctx.saved_tensors
+        l = dy.shape[1]
+        dseen, dtaps, buffer = torch.zeros_like(seen), torch.empty_like(taps), torch.empty_like(dy)
+        for j in range(len(taps)):
+            dseen[:, j:j + l].addcmul_(dy, taps[j])
+            torch.sum(torch.mul(dy, seen[:, j:j + l], out=buffer), (0, 1), out=dtaps[j])
+        return dseen, dtaps, dy.sum((0, 1))
+
+
 def causal_conv(x, weight, bias, tail):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
     x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x; None is zeros.
-    Returns y (b, l, d) and the tail for what comes next.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes next.
     """
     (b, l, d), k = x.shape, weight.shape[2]
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    taps = weight[:, 0].T  # (k, d)
+    wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
     if l == 1:  # a byte at a time: one product
-        return (seen * taps).sum(1, keepdim=True) + bias, seen[:, 1:]
-    y = bias
-    for j in range(k):
-        y = torch.addcmul(y, seen[:, j:j + l], taps[j])
-    return y, seen[:, l:]
+        return (wide * taps).sum(1, keepdim=True) + bias, seen[:, 1:]
+    return _CausalConv.apply(wide, taps.contiguous(), bias), seen[:, l:]
 
 
 def init_dt_bias(size):
@@ -288,9 +314,9 @@ class LM(nn.Module):
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
         self.lm_head = nn.Linear(c.d_model, c.vocab, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.lm_head.weight, std=0.02)  # small logits: the first guess is nearly uniform
         if c.tie:
-            self.lm_head.weight = self.embedding.weight
+            self.embedding.weight = self.lm_head.weight
         with torch.no_grad():  # every layer adds to the residual stream: keep the sum's variance from growing with depth
             for name, p in self.named_parameters():
                 if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):

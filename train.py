@@ -108,10 +108,10 @@ def check(c):
 
 
 def make_config(c):
-    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, as in the papers."""
+    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte."""
     layer = "attention+mlp" if c.layer == "attention" else c.layer
     return Config(layers=(layer,) * c.n_layer, d_model=c.d_model, d_state=c.d_state or D_STATE.get(c.layer, 16),
-                  head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout,
+                  head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout, tie=False,
                   window=c.seq_len if c.layer == "attention" else 0)
 
 

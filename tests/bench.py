@@ -9,8 +9,8 @@
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
 it held when inputs and model had been made. The workers of a group start together and are called in turn, round after
 round, so that whatever else the machine does hits all alike; times are medians. Ratios are taken within a group.
-Fresh memory costs a CPU more than the arithmetic does, so there are rows with "huge pages" (THP_MEM_ALLOC_ENABLE=1: torch
-asks Linux for 2 MB pages) and with memory "kept" (what is freed is reused, as train.py does), for ours and theirs alike.
+Fresh memory costs a CPU more than the arithmetic does, so there are rows with "huge pages" (THP_MEM_ALLOC_ENABLE=1:
+torch asks Linux for 2 MB pages) and with memory "kept" (freed memory is reused, as in train.py), for all alike.
 mambapy and transformers are optional; a path that cannot run says why in its row. No timing is asserted anywhere.
 """
 import contextlib
@@ -55,7 +55,8 @@ class Flags:
 def serve(pipe, cell, device):
     """Make the path, then answer ("warm", mode) by (seconds, peak bytes) and ("time", mode) by a list of seconds."""
     try:
-        torch.ones(1, requires_grad=True).sum().backward()  # the first backward imports 40 MB of modules
+        x = torch.ones(1, requires_grad=True)
+        torch.autograd.grad(2 * x, x)  # the first gradient imports 40 MB of modules
         if cell.memory == "kept":
             keep_memory()
         functions = cell.make(**cell.args, device=device)
@@ -148,7 +149,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, cell, device))
-        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(cell.memory == "huge pages"))  # the worker's torch reads it as it starts
+        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(cell.memory == "huge pages"))  # read as torch starts
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report missing CUDA kernels
         self.process.start()
         theirs.close()
@@ -290,7 +291,7 @@ def bench_scan(c):
     for l in lengths:
         paths = [p for p in SCANS if l <= longest.get(p, l)]
         cells = [Cell(p, make_scan, {"path": p, "l": l, **sizes}, kind)
-                 for kind in kinds_of_memory(c, "default", "huge pages") for p in paths]
+                 for kind in kinds_of_memory(c, "default", "huge pages", "kept") for p in paths]
         rows += compare("selective scan", {**sizes, "l": l}, cells, c)
     return rows + scan_errors(c)
 
@@ -432,7 +433,7 @@ def bench_train(c):
     """4 layers of width 256, 8 windows of 512 bytes."""
     b, l, d_model = (2, 32, 32) if c.quick else (8, 512, 256)
     paths = ("mamba2", "mamba", "attention", "mambapy mamba", "transformers mamba", "transformers mamba2")
-    return compare_training(paths, b, l, d_model, kinds_of_memory(c, "default", "huge pages", "kept"), c)
+    return compare_training(paths, b, l, d_model, kinds_of_memory(c, "default", "kept"), c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +516,7 @@ def bench_decode(c):
 
 
 def draw(name, rows, x, y, xlabel, ylabel, yscale):
-    """One SVG, a curve for every path, dashed with huge pages; the same bytes for the same rows."""
+    """One SVG, a curve for every path and kind of memory; the same bytes for the same rows."""
     try:
         import matplotlib
         matplotlib.use("svg")
@@ -529,7 +530,8 @@ def draw(name, rows, x, y, xlabel, ylabel, yscale):
         curves.setdefault((row["path"], row["memory"]), []).append((row[x], y(row)))
     colors = {path: f"C{i}" for i, path in enumerate(dict.fromkeys(path for path, _ in curves))}
     for (path, kind), points in curves.items():
-        axes.plot(*zip(*points), "o-" if kind == "default" else "o--", color=colors[path], markersize=4,
+        style = {"default": "o-", "huge pages": "o--", "kept": "o:"}[kind]
+        axes.plot(*zip(*points), style, color=colors[path], markersize=4,
                   label=path if kind == "default" else f"{path}, {kind}")
     axes.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     ticks = sorted({row[x] for row in rows})
