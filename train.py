@@ -235,7 +235,6 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
     device = next(model.parameters()).device
     read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
     whole = len(data) // seq_len * seq_len
-    pieces = []  # (tokens read, tokens predicted), each (b, l)
     if carried:
         cuts = range(0, len(data), seq_len * batch_size)
         pieces = [(read[None, i:i + seq_len * batch_size], data[None, i:i + seq_len * batch_size]) for i in cuts]
