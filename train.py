@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,25 +64,18 @@ def run_script(run, argv):
 
 
 @dataclass
-class Flags:
+class RunFlags:
+    """What every run has, whatever it trains: also distill.py's."""
     data: str = flag("python", "a file, a folder, or a known corpus: python, shakespeare, enwik8")
-    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2 or attention")
     out: str = flag("", "folder of the run (default: out/LAYER)")
     steps: int = flag(1000, "optimizer steps, unless --minutes is given")
     minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
     resume: bool = flag(False, "go on with the run in --out; flags not given are the run's own")
-    eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     eval_every: int = flag(0, "validate every so many steps too, not only at the end")
     seed: int = flag(1, "of the weights, the windows and dropout")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 (autocast) or float64; auto is bfloat16 on CUDA, else float32")
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
-    d_model: int = flag(192, "width")
-    n_layer: int = flag(3, "layers")
-    d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2")
-    head_dim: int = flag(32, "mamba2: channels of a head")
-    n_head: int = flag(4, "attention: heads")
-    dropout: float = flag(0.0, "on every layer's output, while training")
     seq_len: int = flag(512, "bytes in a window")
     batch_size: int = flag(4, "windows in a step, over all processes")
     accumulate: int = flag(1, "parts a process cuts its windows into, one after the other, to save memory")
@@ -91,19 +85,31 @@ class Flags:
     grad_clip: float = flag(1.0, "largest norm of the gradient")
 
 
+@dataclass
+class Flags(RunFlags):
+    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2 or attention")
+    eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
+    d_model: int = flag(192, "width")
+    n_layer: int = flag(3, "layers")
+    d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2")
+    head_dim: int = flag(32, "mamba2: channels of a head")
+    n_head: int = flag(4, "attention: heads")
+    dropout: float = flag(0.0, "on every layer's output, while training")
+
+
 MODEL_FLAGS = ("layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
 D_STATE = {"mamba": 16, "mamba2": 32}
 
 
 def check(c):
-    """Values that no later step would refuse with a better message."""
+    """Values that no later step would refuse with a better message; distill.py has no flags for the model's shape."""
     for name in ("steps", "batch_size", "accumulate", "seq_len", "d_model", "n_layer"):
-        if getattr(c, name) < 1:
+        if getattr(c, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
     for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed"):
-        if not 0 <= getattr(c, name) < (2**63 if name == "seed" else math.inf):
+        if not 0 <= getattr(c, name, 0) < (2**63 if name == "seed" else math.inf):
             raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
-    if not 0 <= c.dropout < 1:
+    if not 0 <= getattr(c, "dropout", 0) < 1:
         raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
 
 
@@ -276,18 +282,22 @@ def report(result, val, seq_len):
 # The run's folder: best.pt, last.pt, log.jsonl
 
 
-def open_run(c, given):
-    """(flags, model and extra of last.pt or None, folder): a new run, or the one to resume with its own flags."""
-    folder = Path(c.out or f"out/{c.layer}")
+def open_run(c, given, fixed):
+    """(flags, model and extra of last.pt or None): a new run in c.out, or the one to resume there with its own flags.
+
+    fixed names the flags that a run keeps for its whole life."""
+    folder = Path(c.out)
     last = folder / "last.pt"
     if not c.resume:
         if any((folder / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
             raise ConfigError(f"{folder} holds a run; go on with it: --out {folder} --resume; or choose another --out")
-        return c, None, folder
+        return c, None
     model, extra = load(last)
     if "flags" not in extra:
         raise CheckpointError(f"{last} holds a model but no run to resume")
-    for name in MODEL_FLAGS:
+    if foreign := extra["flags"].keys() - vars(c).keys():
+        raise CheckpointError(f"{last} is another script's run: it has the flag --{min(foreign)}")
+    for name in fixed:
         if name in given and given[name] != extra["flags"][name]:
             raise ConfigError(f"--resume: the run in {folder} has --{name} {extra['flags'][name]}, not {given[name]}; "
                               "leave the flag out or choose another --out")
@@ -295,9 +305,9 @@ def open_run(c, given):
                if n not in ("resume", "out") and extra["flags"].get(n, v) != v]
     if set(given) & {"steps", "minutes"} == {"steps"}:
         given = {**given, "minutes": 0.0}
-    c = dataclasses.replace(Flags(**extra["flags"]), **given)
+    c = dataclasses.replace(type(c)(**extra["flags"]), **given)
     print(f"resuming {last} at step {extra['step']}" + (", with " + ", ".join(changed) if changed else ""))
-    return c, (model, extra), folder
+    return c, (model, extra)
 
 
 def open_log(folder, step):
@@ -319,8 +329,15 @@ def open_log(folder, step):
 SAVE_SECONDS = 60  # a crash loses at most this much training
 
 
-def train_step(model, optimizer, batch, c, cast, lr):
-    """One step on this process's windows, (b, seq_len + 1): the mean loss in nats, a tensor."""
+def next_byte_loss(model, windows):
+    """Mean nats of every byte but the first, given those before it in its window; windows (b, l + 1)."""
+    logits, _ = model(windows[:, :-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def train_step(model, optimizer, batch, c, cast, lr, loss_of):
+    """One step on this process's windows, (b, seq_len + 1): the mean of loss_of(model, windows) in nats, a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     total = 0.0
@@ -329,9 +346,7 @@ def train_step(model, optimizer, batch, c, cast, lr):
         last = i == len(parts) - 1  # gradients are averaged over processes once a step, with the last part
         with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             with cast:
-                logits, _ = model(part[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                                   part[:, 1:].flatten()) * (len(part) / len(batch))
+                loss = loss_of(model, part) * (len(part) / len(batch))
             loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -394,45 +409,53 @@ class Run:
 
 def run(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
+    c.out = c.out or f"out/{c.layer}"
     if c.eval_only:
         return eval_only(c, given)
-    c, resumed, folder = open_run(c, given)
+    c, resumed = open_run(c, given, MODEL_FLAGS)
     check(c)
+    torch.manual_seed(c.seed)
+    model, extra = resumed or (LM(make_config(c)), {})
+    return fit(c, model, extra, load_corpus(c.data), next_byte_loss, "train.py")
+
+
+def fit(c, model, extra, corpus, loss_of, script):
+    """Train model in the folder c.out until the budget is spent: the exit status. extra is the resumed checkpoint's."""
     rank, world, device = join_processes(pick_device(c.device))
     if c.batch_size % (world * c.accumulate):
         raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
     keep_memory()
-    corpus = load_corpus(c.data)
     windows(corpus.train, c.seq_len + 1, 1, 0, 0)  # an error now if a window does not fit
 
-    torch.manual_seed(c.seed)
-    model, extra = resumed or (LM(make_config(c)), {})
     model.to(device, dtype).train()
-    r = Run(c, folder, model, make_optimizer(model, c.lr, c.weight_decay), cast, corpus.val)
-    if resumed:
+    r = Run(c, Path(c.out), model, make_optimizer(model, c.lr, c.weight_decay), cast, corpus.val)
+    if extra:
         r.optimizer.load_state_dict(extra["optimizer"])
         r.step, r.seconds, r.best_bpb = extra["step"], extra["seconds"], extra["best_bpb"]
         torch.set_rng_state(extra["random"].cpu())
     if rank:
         torch.manual_seed(c.seed + rank + r.step)  # dropout differs from process to process
     else:
-        r.log = open_log(folder, r.step)
+        r.log = open_log(r.folder, r.step)
+        layers = ", ".join(f"{layer.removesuffix('+mlp')} x {n}" for layer, n in Counter(model.config.layers).items())
         print(f"data        {corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; {corpus.note}")
-        print(f"model       {c.layer} x {c.n_layer}, d_model {c.d_model}: {describe(model)}")
+        print(f"model       {layers}, d_model {model.config.d_model}: {describe(model)}")
         print(f"runs on     {device}, {'bfloat16' if isinstance(cast, torch.autocast) else str(dtype).removeprefix('torch.')}, "
-              f"{torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {folder}", flush=True)
+              f"{torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {r.folder}", flush=True)
     fast = torch.compile(model) if c.compile else model
+    fast = nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
     stop = Stop()
     try:
-        train(r, nn.parallel.DistributedDataParallel(fast) if world > 1 else fast, corpus.train, rank, world, device, stop)
+        train(r, fast, corpus.train, loss_of, rank, world, device, stop)
         if rank == 0:
             report(r.validate(stop), corpus.val, c.seq_len)
-            print(f"saved       {folder}/best.pt; let it write: python sample.py --ckpt {folder}")
+            print(f"saved       {r.folder}/best.pt; let it write: python sample.py --ckpt {r.folder}")
     except Interrupted:
         if rank == 0:
             r.save("last.pt")
-            print(f"stopped at step {r.step}, saved {folder}/last.pt; go on: python train.py --out {folder} --resume")
+            go_on = f"python {script} --out {r.folder} --resume"
+            print(f"stopped at step {r.step}, saved {r.folder}/last.pt; go on: {go_on}")
         return 128 + stop.signal
     finally:
         stop.restore()
@@ -441,7 +464,7 @@ def run(argv):
     return 0
 
 
-def train(r, model, data, rank, world, device, stop):
+def train(r, model, data, loss_of, rank, world, device, stop):
     """Steps until the budget is spent, or Interrupted by a signal. model is r.model, compiled or wrapped as may be."""
     c, saved, stopped = r.c, r.seconds, 0
     with tqdm(total=1.0, initial=min(r.progress, 1.0), disable=rank > 0, dynamic_ncols=True,
@@ -451,7 +474,7 @@ def train(r, model, data, rank, world, device, stop):
                 raise Interrupted
             began, r.lr = time.perf_counter(), learning_rate(c, r.step, r.progress)
             batch = torch.from_numpy(windows(data, c.seq_len + 1, c.batch_size, c.seed, r.step))
-            loss = train_step(model, r.optimizer, batch.chunk(world)[rank].to(device), c, r.cast, r.lr)
+            loss = train_step(model, r.optimizer, batch.chunk(world)[rank].to(device), c, r.cast, r.lr, loss_of)
             if world > 1:
                 dist.all_reduce(loss)
                 loss /= world
@@ -483,13 +506,13 @@ def train(r, model, data, rank, world, device, stop):
 def eval_only(c, given):
     """Validate what --out holds, on its own corpus and windows unless flags say otherwise."""
     check(c)
-    path = c.out or f"out/{c.layer}"
-    model, extra = load(path)
-    c = dataclasses.replace(Flags(**extra.get("flags", {})), **given)
+    model, extra = load(c.out)
+    known = {n: v for n, v in extra.get("flags", {}).items() if n in vars(c)}  # a run of distill.py has others too
+    c = dataclasses.replace(Flags(**known), **{**given, "out": c.out})
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
     corpus = load_corpus(c.data)
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
+    print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
     report(validate(model.to(device, dtype), corpus.val, c, cast), corpus.val, c.seq_len)
     return 0
 
