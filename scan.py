@@ -1,7 +1,8 @@
 """The recurrence h_t = a_t h_{t-1} + b_t, from the continuous system up to fast scans.
 
 Read it top to bottom. Section 1 turns a differential equation into a recurrence; section 2 solves the recurrence by
-a loop, by a tree and in chunks; section 3 is the selective scan of Mamba, section 4 the matrix form of Mamba-2.
+a loop, by a tree and in chunks; section 3 is S4, where it is a convolution; section 4 is the selective scan of Mamba,
+section 5 the matrix form of Mamba-2.
 Every fast path computes what the naive one defines, and tests/ hold it to that, values and gradients.
 
 Glossary. Capitals are the papers' state-space quantities, lower-case letters sizes of axes, words everything else.
@@ -198,7 +199,179 @@ def _chunks_then_carries(a, b, h):
 SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _ScanChunked.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The selective scan (Mamba, section 3): dt, B and C move with the input, so the model chooses what to keep
+# 3. Time-invariant systems (S4): one A, B, C for all time, so the recurrence is a convolution
+#
+# A mass on a spring: position q, velocity v = q', and q'' = -k q - r v + x when a force x pushes it. With h = (q, v)
+# this is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0): two numbers remember all that
+# was ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
+# Section 1 makes it a recurrence. Unrolled from h = 0 that reads
+#     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar, the answer to one push, j steps later        (S4 eq. 5)
+# so a whole sequence is one convolution, by FFT in l log l, and needs no state at all. A layer is d such systems of n
+# numbers each, and each has a step size dt of its own. Two questions are left: which A remembers well (HiPPO), and how
+# to get K without l products of matrices (S4: A is diagonal plus rank one in a complex basis; S4D: leave that one out).
+
+
+def dense_kernel(Abar, Bbar, C, l):
+    """K_j = C Abar^j Bbar for j < l, by the definition: Abar (n, n), Bbar and C (n,) -> K (l,)."""
+    K, h = [], Bbar
+    for _ in range(l):
+        K.append(C @ h)
+        h = Abar @ h
+    return torch.stack(K)
+
+
+def fft_conv(x, K, D=None):
+    """y_t = sum_{j <= t} K_j x_{t-j} + D x_t: x (b, l, d), K (d, l) or (1, l), D (d,) -> y (b, l, d) in x's dtype.
+
+    The product of two transforms is a circular convolution; padded to 2l - 1 or more, nothing comes round.
+    """
+    l, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    size = 1 << (2 * l - 2).bit_length()  # a power of two, the fastest
+    with _no_autocast(x.device):  # there is no FFT in bfloat16
+        wide = x.to(dtype)
+        y = torch.fft.irfft(torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K.to(dtype), size).T, size, dim=1)[:, :l]
+        return (y if D is None else torch.addcmul(y, wide, D.to(dtype))).to(x.dtype)
+
+
+# HiPPO: an A whose state is the whole past, written in Legendre polynomials
+
+
+def hippo_legs(n):
+    """A (n, n), B (n,) of HiPPO-LegS, float64: h' = A h + B x keeps x's past as n coefficients (2008.07669, theorem 2).
+
+    A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1). HiPPO divides both by t, which
+    spreads the memory evenly over the past; S4 leaves that out, and the memory fades as exp(-age).
+    """
+    i = torch.arange(n, dtype=torch.float64)
+    B = torch.sqrt(2 * i + 1)
+    return -torch.tril(B[:, None] * B, -1) - torch.diag(i + 1), B
+
+
+def legs_basis(age, n):
+    """sqrt(2i+1) P_i(2 exp(-age) - 1), with P_i the Legendre polynomials: age (...) -> (..., n).
+
+    exp(tA) B = exp(-t) legs_basis(t, n), so h = int exp(-age) legs_basis(age) x(now - age) d age: the coefficients of
+    the past in an orthonormal basis, hence x(now - age) = legs_basis(age, n) @ h, the closer the larger n.
+    """
+    z = 2 * torch.exp(-age) - 1
+    P = [torch.ones_like(z), z]
+    for i in range(1, n - 1):
+        P.append(((2 * i + 1) * z * P[i] - i * P[i - 1]) / (i + 1))
+    return torch.stack(P[:n], dim=-1) * torch.sqrt(2 * torch.arange(n, dtype=z.dtype, device=z.device) + 1)
+
+
+def dplr_legs(n):
+    """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
+
+    A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs 11 digits. But with
+    p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, which a Hermitian solver takes apart
+    exactly. P and B are p and LegS's B in the new basis, up to a phase a mode; a C becomes C V. For even n modes come in
+    conjugate pairs, in ascending order of Im Lambda: the first is the conjugate of the last.
+    """
+    A, B = hippo_legs(n)
+    p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
+    S = A + p[:, None] * p
+    real = S.diagonal().mean()  # -1/2
+    imag, V = torch.linalg.eigh(-1j * (S - real * torch.eye(n, dtype=A.dtype)))
+    return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
+
+
+# S4: the kernel of A = diag(Lambda) - P P^*, every mode beside its conjugate, bilinear rule
+
+
+def dplr_step(x, dt, Lambda, P, B, h):
+    """h_t = Abar h_{t-1} + Bbar x_t in O(n): x (b, d) · dt (d,) · Lambda, P, B (d, n) · h (b, d, n) -> h_t.
+
+    The bilinear rule is (1 - dt/2 A) h_t = (1 + dt/2 A) h_{t-1} + dt B x_t. On the left stands a diagonal matrix plus
+    dt/2 P P^*, whose inverse is again diagonal plus rank one (Woodbury; S4 appendix C.2).
+    """
+    half = dt[:, None] / 2
+    right = h + half * (Lambda * h - P * (P.conj() * h).sum(-1, keepdim=True)) + 2 * half * B * x[..., None]
+    inverse = 1 / (1 - half * Lambda)
+    g = inverse * right
+    P_inv = inverse * P
+    return g - P_inv * (P.conj() * g).sum(-1, keepdim=True) / (1 / half + (P.conj() * P_inv).sum(-1, keepdim=True))
+
+
+def s4_kernel(dt, Lambda, P, B, C, l):
+    """K_j = C Abar^j Bbar, bilinear rule: dt (d,), Lambda, P, B, C (d, n), modes in conjugate pairs -> K (d, l), real.
+
+    S4 section 3.2, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
+        sum_{j < l} K_j z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)                  a geometric series
+                            = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                          the bilinear rule put in
+                            = 2 dt (q(C', B) - s q(C', P) q(P^*, B) / (1 + s q(P^*, P)))       Woodbury, s = dt (1 + z)
+    with Cauchy sums q(u, v) = sum_n u_n v_n / (2 (1 - z) - s Lambda_n). The paper divides by 1 + z, which is zero where
+    z = -1; this form has no pole. A parameter holds C, not C', so l may change at will; Abar^l costs n^3 log l.
+    """
+    z = torch.exp(-2j * math.pi / l * torch.arange(l // 2 + 1, dtype=dt.dtype, device=dt.device))  # half: K is real
+    s = dt[:, None] * (1 + z)  # (d, l/2 + 1)
+    C = C - (C[:, None] @ torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)).squeeze(1)
+    sums = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], dim=-1)  # (d, n, 4)
+    CB, CP, PB, PP = (1 / (2 * (1 - z)[:, None] - s[..., None] * Lambda[:, None]) @ sums).unbind(-1)
+    return torch.fft.irfft(2 * dt[:, None] * (CB - s * CP * PB / (1 + s * PP)), l)
+
+
+def dplr_matrix(dt, Lambda, P):
+    """Abar (d, n, n) of dplr_step, column by column: what it does to each unit vector."""
+    eye = torch.eye(Lambda.shape[1], dtype=Lambda.dtype, device=Lambda.device)[:, None]  # (n, 1, n)
+    return dplr_step(dt.new_zeros(1, 1), dt, Lambda, P, torch.zeros_like(P), eye).permute(1, 2, 0)
+
+
+# S4D: A diagonal, zero-order hold; everything is n separate complex numbers
+
+
+def s4d_init(rule, n):
+    """A, B (n/2,), complex128: one of each conjugate pair of modes of a real system of size n (S4D, 2206.11893).
+
+    lin   -1/2 + i pi j                             frequencies one after the other
+    inv   -1/2 + i n/pi (n/(2j+1) - 1)              as LegS has them when n is large: few high ones, many low ones
+    legs  Lambda and B of dplr_legs                 LegS without its rank one
+    real  -(j+1)                                    no swing, only decay, hence no conjugates; Mamba's
+    """
+    if n % 2:
+        raise ValueError(f"a system of size {n} has no conjugate pairs; n must be even")
+    j = torch.arange(n // 2, dtype=torch.float64)
+    if rule == "legs":
+        Lambda, _, B, _ = dplr_legs(n)
+        return Lambda[n // 2:], B[n // 2:]
+    imag = {"lin": math.pi * j, "inv": n / math.pi * (n / (2 * j + 1) - 1), "real": 0 * j}
+    if rule not in imag:
+        raise ValueError(f'rule "{rule}" is not one of lin, inv, legs, real')
+    A = torch.complex(-j - 1 if rule == "real" else torch.full_like(j, -0.5), imag[rule])
+    return A, torch.ones_like(A)
+
+
+def s4d_kernel(dt, A, B, C, l):
+    """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) complex -> K (d, l)    (S4D eq. 6)
+
+    The plain real part. Where only one mode of each conjugate pair is kept, C has to come doubled, for a mode and its
+    conjugate add up to twice the real part.
+    """
+    Bbar = discretize(dt[:, None], A, B, "zoh")[1]
+    return geometric(dt[:, None] * A, C * Bbar, l)
+
+
+def geometric(z, w, l):
+    """Re sum_n w_n exp(j z_n) for j < l: z (d, n), w (..., d, n) -> (..., d, l).
+
+    Written out, n l d exponentials. But with j = i + size k it is a product of two small matrices, exp(i z) and
+    w exp(size k z), 2 sqrt(l) exponentials a mode; and the real part of a complex product is one real product.
+    """
+    early, late = _powers(z, l)
+    late = w[..., None] * late
+    with _no_autocast(z.device):
+        K = torch.cat([late.real, -late.imag], dim=-2).mT @ torch.cat([early.real, early.imag], dim=-2)
+    return K.flatten(-2)[..., :l]
+
+
+def _powers(z, l):
+    """exp(i z) (d, n, size) and exp(size k z) (d, n, k) for l = size k or a little less; size is about sqrt(l)."""
+    size = math.isqrt(l - 1) + 1
+    i = torch.arange(size, dtype=z.real.dtype, device=z.device)
+    return torch.exp(z[..., None] * i), torch.exp(z[..., None] * size * i[:-(-l // size)])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The selective scan (Mamba, section 3): dt, B and C move with the input, so the model chooses what to keep
 #
 # It is the scan above with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. What makes it hard is memory: the
 # inputs have b l d numbers, the states b l d n. The fast path therefore never holds all of them at once.
@@ -321,7 +494,7 @@ def _states(dt, A, u, B, h, buffers):
 SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "chunked": _SelectiveChunked.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. SSD (Mamba-2): one decay a head instead of one a channel and state, so that the scan becomes matrix products
+# 5. SSD (Mamba-2): one decay a head instead of one a channel and state, so that the scan becomes matrix products
 #
 # Unroll h_t = a_t h_{t-1} + dt_t B_t x_t with a scalar a_t = exp(dt_t A), read it out by C_t, and attention appears:
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,      L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
