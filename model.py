@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file
 from scan import selective_scan, ssd
 
 
@@ -39,13 +40,15 @@ class Config:
     n_kv_head: int = 4    # attention: heads of k and v, each shared by n_head / n_kv_head queries
     window: int = 0       # attention: each position sees the last `window` positions; 0 = all
     rope_base: float = 10000.0
+    rope_scaling: tuple = ()  # attention: Llama 3.1's four numbers, see slow_down
     d_mlp: int = 0        # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
     norm: str = "rms"     # rms (weight only) or layer (weight and bias)
+    norm_eps: float = 1e-5
     tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.layers = tuple(self.layers)
+        self.layers, self.rope_scaling = tuple(self.layers), tuple(self.rope_scaling)
         for layer in self.layers:
             if layer.removesuffix("+mlp") not in MIXERS:
                 raise ConfigError(f'layer "{layer}" is not one of {", ".join(MIXERS)}')
@@ -72,7 +75,7 @@ def _divides(whole, whole_name, part, part_name, times=1):
 
 
 def make_norm(c):
-    return nn.RMSNorm(c.d_model, eps=1e-5) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=1e-5)
+    return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,14 +214,26 @@ class AttentionState(NamedTuple):
     position: torch.Tensor  # (), how many positions have passed
 
 
-def rotate(x, position, base):
+def slow_down(frequency, factor, low, high, length):
+    """Llama 3.1's rotary scaling, for a context factor times longer than the length of pretraining.
+
+    A channel that turned fewer than `low` times in that length is slowed down by the factor, one that turned more than
+    `high` times stays as it is, and those between are mixed in proportion.
+    """
+    kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
+
+
+def rotate(x, position, base, scaling=()):
     """Rotary positions (Su et al. 2021), Llama's layout: channel i turns with channel i + size/2, by position * base^(-2i/size).
 
-    x (b, l, heads, size), its first position given; angles are float32 or wider.
+    x (b, l, heads, size), its first position given; scaling, if any, for slow_down; angles are float32 or wider.
     """
     half = x.shape[3] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    if scaling:
+        frequency = slow_down(frequency, *scaling)
     angle = (position + torch.arange(x.shape[1], device=x.device, dtype=dtype))[:, None, None] * frequency  # (l, 1, half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
@@ -235,7 +250,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.size = c.n_head, c.n_kv_head, c.d_model // c.n_head
-        self.window, self.base = c.window, c.rope_base
+        self.window, self.rope = c.window, (c.rope_base, c.rope_scaling)
         self.q_proj = nn.Linear(c.d_model, self.heads * self.size, bias=False)
         self.k_proj = nn.Linear(c.d_model, self.kv_heads * self.size, bias=False)
         self.v_proj = nn.Linear(c.d_model, self.kv_heads * self.size, bias=False)
@@ -244,8 +259,8 @@ class Attention(nn.Module):
     def forward(self, x, state=None):
         l = x.shape[1]
         position = x.new_zeros((), dtype=torch.long) if state is None else state.position
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, self.base)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), position, self.base)
+        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, *self.rope)
+        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), position, *self.rope)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
@@ -338,13 +353,6 @@ class LM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-FORMAT = "bytestate-1"
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be loaded or written; the message is one line for the user."""
-
-
 def save(path, model, **extra):
     """Config, weights and whatever extra a run keeps, in one file: written under a temporary name, then renamed."""
     path = Path(path)
@@ -364,27 +372,35 @@ def save(path, model, **extra):
 
 
 def load(path, device="cpu"):
-    """(model, extra) from a file, or from a run's folder: best.pt, or last.pt if nothing has been validated yet."""
+    """(model, extra) from a file or a folder: of a run (best.pt, or last.pt if nothing has been validated yet), or a
+    published checkpoint, in any layout of data/checkpoints.py.
+
+    The tensors of the file become the parameters: there is never a second copy of the weights.
+    """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-        if not found:
-            raise CheckpointError(f"no best.pt or last.pt in {path}; train one: python train.py --out {path}")
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()] or [find(path)]
+        if not found[0]:
+            raise CheckpointError(f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
+                                  f"train one: python train.py --out {path}")
         path = found[0]
+    elif not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}")
+    extra, layout = read_file(path), None
+    if isinstance(extra, dict) and extra.get("format") == FORMAT:
+        config, weights = extra.pop("config", None), extra.pop("model", None)
+    else:
+        layout, config, weights = read(path, extra)
+        extra = {"layout": layout}
     try:
-        extra = torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}") from None
-    except Exception as e:  # the unpickler meets foreign bytes with any error there is
-        raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short "
-                              f"({type(e).__name__}, {path.stat().st_size:,} bytes)") from e
-    found = extra.get("format") if isinstance(extra, dict) else type(extra).__name__
-    if found != FORMAT:
-        raise CheckpointError(f"{path} holds the format {found}, expected {FORMAT}")
-    try:
-        model = LM(Config(**extra.pop("config"))).to(device)
-        weights = extra.pop("model")
-        model.to(weights["embedding.weight"].dtype).load_state_dict(weights)
+        with torch.device("meta"):
+            model = LM(Config(**config))
+        wrong = misfits(layout, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in weights.items()})
+        if wrong:
+            raise ValueError(wrong)
+        model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
-    return model.eval(), extra
+    if model.config.tie:
+        model.embedding.weight = model.lm_head.weight
+    return model.requires_grad_().to(device).eval(), extra

@@ -1,0 +1,342 @@
+"""Published weights: files -> names, tensors and settings in our words. Knows no model.
+
+    safetensors        8 bytes of length, a JSON header {name: dtype, shape, offsets}, the tensors' bytes
+    torch (.bin, .pt)  unpickled with weights_only: no code of a file ever runs
+    *.index.json       {name: file}, where a checkpoint is cut into several files
+    config.json        what the shapes do not tell
+
+A layout is a table: how each beginning of a name reads here, and how each setting is called. read and write go through
+the same tables in opposite directions. Sizes come from the tensors; config.json may not contradict them.
+"""
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+FORMAT = "bytestate-1"  # what our own files call themselves
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be loaded or written; the message is one line for the user."""
+
+
+# ---- Files -> {name: tensor} -------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+LARGEST_HEADER = 100_000_000  # bytes; a 7B model's has 40,000
+
+
+def some(names, most=4):
+    """The first names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def unique(pairs):
+    """A JSON object whose keys all differ: json itself would keep the last of equal ones."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def read_json(text, what):
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{what} is not JSON ({' '.join(str(e).split())[:100]})") from e
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} holds {type(found).__name__}, expected an object")
+    return found
+
+
+def read_safetensors(path):
+    """{name: tensor}, each read straight into its own memory; nothing is allocated that the file does not fill."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size - 8
+        length = int.from_bytes(f.read(8), "little")
+        if not 0 < length <= min(size, LARGEST_HEADER):
+            raise CheckpointError(f"{path} announces a header of {length:,} bytes, but {max(size, 0):,} follow")
+        header = read_json(f.read(length), f"the header of {path}")
+        header.pop("__metadata__", None)
+        try:
+            spans = sorted((*e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items())
+            whole = all(type(i) is int and i >= 0 for begin, end, _, _, shape in spans for i in (begin, end, *shape))
+        except (TypeError, KeyError, ValueError) as e:
+            raise CheckpointError(f"{path}: an entry of the header lacks dtype (one of {', '.join(DTYPES)}), shape or "
+                                  f"data_offsets ({e})") from e
+        position, tensors = 0, {}
+        for begin, end, name, dtype, shape in spans:
+            if not whole or begin != position or end - begin != math.prod(shape) * dtype.itemsize or end > size - length:
+                raise CheckpointError(f"{path}: {name}, {dtype} {shape}, cannot fill bytes {begin} to {end} of "
+                                      f"{size - length:,}, which begin after {position:,}")
+            tensors[name], position = torch.empty(shape, dtype=dtype), end
+            f.readinto(tensors[name].flatten().view(torch.uint8).numpy())
+    if position != size - length:
+        raise CheckpointError(f"{path}: {size - length - position:,} bytes after the last tensor")
+    return tensors
+
+
+def read_torch(path):
+    """Whatever torch.save wrote, with weights_only: tensors and plain containers."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # the unpickler meets foreign bytes with any error there is
+        raise CheckpointError(f"{path} is not a checkpoint, or is cut short "
+                              f"({type(e).__name__}, {os.path.getsize(path):,} bytes)") from e
+
+
+def read_shards(index):
+    """{name: tensor} of all the files that an index names."""
+    where = read_json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
+        raise CheckpointError(f"{index} has no weight_map of names to files beside it")
+    tensors = {}
+    for name in sorted(set(where.values())):
+        shard = read_file(index.with_name(name))
+        if not isinstance(shard, dict) or shard.keys() & tensors.keys():
+            raise CheckpointError(f"{index.with_name(name)} repeats an earlier file's {some(shard.keys() & tensors.keys())}"
+                                  if isinstance(shard, dict) else f"{index.with_name(name)} holds no named tensors")
+        tensors |= shard
+    if tensors.keys() != where.keys():
+        raise CheckpointError(f"{index} and its files differ in {some(map(str, tensors.keys() ^ where.keys()))}")
+    return tensors
+
+
+def read_file(path):
+    """The content of one file, by its ending."""
+    try:
+        if path.name.endswith(".index.json"):
+            return read_shards(path)
+        with open(path, "rb") as f:
+            if f.read(11) == b"version htt":
+                raise CheckpointError(f"{path} is only a pointer to the file; fetch it: git lfs pull")
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+
+
+FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
+
+
+def find(folder):
+    """The file of a published checkpoint in a folder: a well-known name, or the only one with a fitting ending."""
+    known = [folder / name for name in FILES if (folder / name).exists()]
+    others = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    return known[0] if known else others[0] if len(others) == 1 else None
+
+
+# ---- Layouts -----------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    file: str       # what the file of the tensors is called; a folder with config.json holds it, if there are settings
+    names: tuple    # (theirs, ours): how names begin, {i} a layer's number; ours None: we have no use for it
+    settings: dict  # {kind of the layers: {key in config.json: our setting, or a tuple of the values that we compute}}
+    needs: dict     # settings of ours that the layout takes for granted
+
+
+SILU = ("silu", "swish")
+LAYOUTS = {
+    "llama": Layout("model.safetensors", (
+        ("model.embed_tokens.", "embedding."),
+        ("model.layers.{i}.self_attn.rotary_emb.inv_freq", None),
+        ("model.layers.{i}.self_attn.", "layers.{i}.mixer."),
+        ("model.layers.{i}.mlp.", "layers.{i}.mlp."),
+        ("model.layers.{i}.input_layernorm.", "layers.{i}.norm."),
+        ("model.layers.{i}.post_attention_layernorm.", "layers.{i}.mlp_norm."),
+        ("model.norm.", "norm_f."),
+        ("lm_head.", "lm_head.")), {
+        "attention+mlp": {
+            "model_type": ("llama",), "hidden_act": SILU, "vocab_size": "vocab", "hidden_size": "d_model",
+            "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+            "head_dim": "head_size", "intermediate_size": "d_mlp", "rms_norm_eps": "norm_eps",
+            "rope_theta": "rope_base", "rope_parameters.rope_theta": "rope_base", "rope_scaling": "rope_scaling",
+            "rope_parameters": "rope_scaling", "tie_word_embeddings": "tie"}},
+        {"norm": "rms", "window": 0}),
+}
+
+
+def rename(name, rows):
+    """name with the beginning that a row knows exchanged, None where a row drops it; KeyError where none fits."""
+    for old, new in rows:
+        found = re.fullmatch(re.escape(old).replace(r"\{i\}", r"(\d{1,4})") + "(?P<rest>.*)", name, re.DOTALL)
+        if found:
+            return None if new is None else new.replace("{i}", found[1]) + found["rest"]
+    raise KeyError(name)
+
+
+def translate(names, rows):
+    """{name: its translation} without the dropped ones, and a list of those that no row covers."""
+    known, strangers = {}, []
+    for name in names:
+        try:
+            known[name] = rename(name, rows)
+        except KeyError:
+            strangers.append(name)
+    return {name: new for name, new in known.items() if new}, strangers
+
+
+def recognise(path, names):
+    """(layout, {their name: our name}): the layout that covers the most names; it must cover all."""
+    found = {layout: translate(names, LAYOUTS[layout].names) for layout in LAYOUTS}
+    best = min(found, key=lambda layout: len(found[layout][1]))
+    ours, strangers = found[best]
+    if not ours:
+        raise CheckpointError(f"{path} holds {some(names) or 'nothing'}, expected {FORMAT} or one of the layouts "
+                              f"{', '.join(LAYOUTS)}")
+    if strangers or len(set(ours.values())) < len(ours):
+        raise CheckpointError(f"{path} is a {best} checkpoint with tensors that have no place in one: "
+                              f"{some(strangers) or 'one thing under two names'}")
+    return best, ours
+
+
+# ---- Sizes and settings --------------------------------------------------------------------------------------
+
+MIXERS = {  # kind: {tensor: names of its axes}; the first tensor tells the kind
+    "attention": {"mixer.q_proj.weight": ("d_q", "d_model"), "mixer.k_proj.weight": ("d_kv", "d_model")},
+    "mlp": {"mlp.gate_proj.weight": ("d_mlp", "d_model")},
+}
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3.1
+
+
+def kinds_of(shapes):
+    """("attention+mlp", ...): the kinds of tensors that each layer has."""
+    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+    if not numbers or max(numbers) + 1 != len(numbers):
+        raise CheckpointError(f"there are {len(numbers)} layers, the last is number {max(numbers, default=-1)}")
+    kinds = ["+".join(kind for kind, axes in MIXERS.items() if f"layers.{i}.{next(iter(axes))}" in shapes)
+             for i in range(len(numbers))]
+    if len(set(kinds)) > 1 or not kinds[0]:
+        raise CheckpointError("the layers are of several kinds or of none: " + ", ".join(sorted(set(kinds))))
+    return tuple(kinds)
+
+
+def axes_of(shapes, kinds):
+    """{name of an axis: its size}, from the first layer."""
+    table = {"embedding.weight": ("vocab", "d_model")}
+    for kind in kinds[0].split("+"):
+        table |= {f"layers.0.{name}": axes for name, axes in MIXERS[kind].items()}
+    sizes = {}
+    for name, axes in table.items():
+        found = shapes.get(name, ())
+        if len(found) != len(axes) or 0 in found or any(sizes.setdefault(a, i) != i for a, i in zip(axes, found) if a != "1"):
+            raise CheckpointError(f"{name} has shape {list(found)}, expected ({', '.join(axes)})"
+                                  + "".join(f", {a} {sizes[a]}" for a in axes if a in sizes))
+    return sizes
+
+
+def ratio(sizes, whole, part):
+    """sizes[whole] / sizes[part], which must be whole."""
+    if not isinstance(sizes.get(part), int) or sizes[part] < 1 or sizes[whole] % sizes[part]:
+        raise CheckpointError(f"{whole} {sizes[whole]} is not a multiple of {part} {sizes.get(part, '(not in config.json)')}")
+    return sizes[whole] // sizes[part]
+
+
+def infer(shapes, given):
+    """Our settings, from the shapes, and from those given where no shape tells: heads, groups."""
+    kinds = kinds_of(shapes)
+    s = {**given, **axes_of(shapes, kinds)}
+    c = {"layers": kinds, "vocab": s["vocab"], "d_model": s["d_model"], "norm": "layer" if "norm_f.bias" in shapes else "rms"}
+    if "mlp" in kinds[0]:
+        c["d_mlp"] = s["d_mlp"]
+    if "attention" in kinds[0]:
+        s["head_size"] = ratio(s, "d_q", "n_head")
+        c |= {"n_head": s["n_head"], "n_kv_head": ratio(s, "d_kv", "head_size")}
+    return c
+
+
+def derived(c):
+    """What other programs' settings name besides."""
+    return {"n_layer": len(c["layers"]), "head_size": c["d_model"] // c.get("n_head", 1)}
+
+
+def is_number(value):
+    return isinstance(value, (bool, int, float)) and 0 <= value < math.inf
+
+
+def lookup(settings, key):
+    """settings["a"]["b"] for the key "a.b", or None."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def read_setting(key, value, ours):
+    """A value of config.json as ours; CheckpointError where it asks for something that we do not compute."""
+    if isinstance(ours, tuple) and value not in ours:
+        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[0])} is computed here")
+    if ours == "rope_scaling":
+        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+        numbers = tuple(value.get(k) for k in ROPE) if kind == "llama3" else ()
+        if kind not in ("default", "llama3") or not all(is_number(i) and i > 0 for i in numbers):
+            raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only llama3's scaling is computed here")
+        return numbers
+    if not isinstance(ours, tuple) and not is_number(value):
+        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, expected a number")
+    return value
+
+
+def complete(shapes, layout, settings):
+    """All of our settings, from the shapes and from config.json, which may not contradict each other."""
+    kind = kinds_of(shapes)[0]
+    if kind not in layout.settings:
+        raise CheckpointError(f"layers of {kind}, expected {' or '.join(layout.settings)}")
+    given = {}
+    for key, ours in layout.settings[kind].items():
+        value = lookup(settings, key)
+        if value is not None:
+            given[str(ours)] = read_setting(key, value, ours)
+    c = infer(shapes, given)
+    for ours, value in {**derived(c), **layout.needs, **c}.items():
+        said = given.pop(ours, value)
+        if said != value and not (ours == "vocab" and said < value):  # state-spaces: 50277 symbols in 50280 rows
+            raise CheckpointError(f"config.json says that {ours} is {said}, the tensors say {value}")
+    return {k: v for k, v in given.items() if k.isidentifier()} | c
+
+
+def read(path, content):
+    """(layout, settings of ours, {our name: tensor}) of what read_file found in path.
+
+    Half precision becomes float32, as training kept its residual stream. CheckpointError for anything that is not whole.
+    """
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
+    if content and all(name.startswith("module.") for name in content):  # saved from a DistributedDataParallel
+        content = {name.removeprefix("module."): t for name, t in content.items()}
+    layout, ours = recognise(path, content)
+    tensors = {}
+    for name, new in ours.items():
+        t = tensors[new] = content.pop(name)
+        if not (isinstance(t, torch.Tensor) and t.layout == torch.strided and t.is_floating_point()
+                and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
+            raise CheckpointError(f"{path}: {name} is {getattr(t, 'dtype', type(t).__name__)}, not a tensor of floats")
+    settings = path.with_name("config.json")
+    settings = read_json(settings.read_bytes(), settings) if settings.is_file() else {}
+    try:
+        c = complete({name: tuple(t.shape) for name, t in tensors.items()}, LAYOUTS[layout], settings)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}, a {layout} checkpoint: {e}") from e
+    dtype = torch.promote_types(tensors["embedding.weight"].dtype, torch.float32)
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype).contiguous()
+    head = tensors.get("lm_head.weight")
+    c["tie"] = bool(c.get("tie", True)) if head is None else torch.equal(head, tensors["embedding.weight"])
+    if c["tie"]:
+        tensors["lm_head.weight"] = tensors["embedding.weight"]
+    return layout, c, tensors
+
+
+def misfits(layout, expected, found):
+    """What is missing, unknown or misshapen, in the layout's own names; expected and found are {our name: shape}."""
+    rows = [(ours, theirs) for theirs, ours in LAYOUTS[layout].names if ours] if layout else [("", "")]
+    wrong = [f"{rename(name, rows)} is missing" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"{rename(name, rows)} has no place" for name in sorted(found.keys() - expected.keys())]
+    wrong += [f"{rename(name, rows)} has shape {list(found[name])}, expected {list(shape)}"
+              for name, shape in expected.items() if tuple(found.get(name, shape)) != tuple(shape)]
+    return some(wrong)
