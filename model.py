@@ -387,16 +387,14 @@ def load(path, device="cpu"):
     elif not path.exists():
         raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}")
     extra, layout = read_file(path), None
-    if isinstance(extra, dict) and extra.get("format") == FORMAT:
-        config, weights = extra.pop("config", None), extra.pop("model", None)
-    else:
+    if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)
-        extra = {"layout": layout}
+        extra = {"layout": layout, "config": config, "model": weights}
     try:
         with torch.device("meta"):
-            model = LM(Config(**config))
-        wrong = misfits(layout, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in weights.items()})
-        if wrong:
+            model = LM(Config(**extra.pop("config")))
+        weights = extra.pop("model")
+        if wrong := misfits(layout, model.state_dict(), weights):
             raise ValueError(wrong)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:

@@ -72,7 +72,8 @@ def read_safetensors(path):
                                   f"data_offsets ({e})") from e
         position, tensors = 0, {}
         for begin, end, name, dtype, shape in spans:
-            if not whole or begin != position or end - begin != math.prod(shape) * dtype.itemsize or end > size - length:
+            fits = whole and end - begin == math.prod(shape) * dtype.itemsize and begin == position
+            if not fits or end > size - length:
                 raise CheckpointError(f"{path}: {name}, {dtype} {shape}, cannot fill bytes {begin} to {end} of "
                                       f"{size - length:,}, which begin after {position:,}")
             tensors[name], position = torch.empty(shape, dtype=dtype), end
@@ -91,6 +92,17 @@ def read_torch(path):
                               f"({type(e).__name__}, {os.path.getsize(path):,} bytes)") from e
 
 
+def named_tensors(path, content):
+    """content, if it is {name: tensor}, each a plain one whose memory is as large as its shape says."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
+    for name, t in content.items():
+        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
+                and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
+            raise CheckpointError(f"{path}: {str(name)[:80]} is {type(t).__name__}, expected {FORMAT} or named tensors")
+    return content
+
+
 def read_shards(index):
     """{name: tensor} of all the files that an index names."""
     where = read_json(index.read_bytes(), index).get("weight_map")
@@ -98,10 +110,9 @@ def read_shards(index):
         raise CheckpointError(f"{index} has no weight_map of names to files beside it")
     tensors = {}
     for name in sorted(set(where.values())):
-        shard = read_file(index.with_name(name))
-        if not isinstance(shard, dict) or shard.keys() & tensors.keys():
-            raise CheckpointError(f"{index.with_name(name)} repeats an earlier file's {some(shard.keys() & tensors.keys())}"
-                                  if isinstance(shard, dict) else f"{index.with_name(name)} holds no named tensors")
+        shard = named_tensors(index.with_name(name), read_file(index.with_name(name)))
+        if twice := shard.keys() & tensors.keys():
+            raise CheckpointError(f"{index.with_name(name)} repeats an earlier file's {some(twice)}")
         tensors |= shard
     if tensors.keys() != where.keys():
         raise CheckpointError(f"{index} and its files differ in {some(map(str, tensors.keys() ^ where.keys()))}")
@@ -225,7 +236,7 @@ def axes_of(shapes, kinds):
     sizes = {}
     for name, axes in table.items():
         found = shapes.get(name, ())
-        if len(found) != len(axes) or 0 in found or any(sizes.setdefault(a, i) != i for a, i in zip(axes, found) if a != "1"):
+        if len(found) != len(axes) or 0 in found or any(sizes.setdefault(a, i) != i for a, i in zip(axes, found)):
             raise CheckpointError(f"{name} has shape {list(found)}, expected ({', '.join(axes)})"
                                   + "".join(f", {a} {sizes[a]}" for a in axes if a in sizes))
     return sizes
@@ -234,7 +245,8 @@ def axes_of(shapes, kinds):
 def ratio(sizes, whole, part):
     """sizes[whole] / sizes[part], which must be whole."""
     if not isinstance(sizes.get(part), int) or sizes[part] < 1 or sizes[whole] % sizes[part]:
-        raise CheckpointError(f"{whole} {sizes[whole]} is not a multiple of {part} {sizes.get(part, '(not in config.json)')}")
+        raise CheckpointError(f"{whole} {sizes[whole]} is not a multiple of {part} "
+                              f"{sizes.get(part, '(not in config.json)')}")
     return sizes[whole] // sizes[part]
 
 
@@ -242,7 +254,7 @@ def infer(shapes, given):
     """Our settings, from the shapes, and from those given where no shape tells: heads, groups."""
     kinds = kinds_of(shapes)
     s = {**given, **axes_of(shapes, kinds)}
-    c = {"layers": kinds, "vocab": s["vocab"], "d_model": s["d_model"], "norm": "layer" if "norm_f.bias" in shapes else "rms"}
+    c = {"layers": kinds, "norm": "layer" if "norm_f.bias" in shapes else "rms"} | {k: s[k] for k in ("vocab", "d_model")}
     if "mlp" in kinds[0]:
         c["d_mlp"] = s["d_mlp"]
     if "attention" in kinds[0]:
@@ -303,19 +315,17 @@ def complete(shapes, layout, settings):
 def read(path, content):
     """(layout, settings of ours, {our name: tensor}) of what read_file found in path.
 
-    Half precision becomes float32, as training kept its residual stream. CheckpointError for anything that is not whole.
+    Half precision becomes float32, which training kept its residual stream in. CheckpointError for what is not whole.
     """
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
+    content = named_tensors(path, content)
     if content and all(name.startswith("module.") for name in content):  # saved from a DistributedDataParallel
         content = {name.removeprefix("module."): t for name, t in content.items()}
     layout, ours = recognise(path, content)
     tensors = {}
     for name, new in ours.items():
-        t = tensors[new] = content.pop(name)
-        if not (isinstance(t, torch.Tensor) and t.layout == torch.strided and t.is_floating_point()
-                and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
-            raise CheckpointError(f"{path}: {name} is {getattr(t, 'dtype', type(t).__name__)}, not a tensor of floats")
+        tensors[new] = content.pop(name)
+        if not tensors[new].is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds {tensors[new].dtype}, not floats")
     settings = path.with_name("config.json")
     settings = read_json(settings.read_bytes(), settings) if settings.is_file() else {}
     try:
@@ -333,10 +343,10 @@ def read(path, content):
 
 
 def misfits(layout, expected, found):
-    """What is missing, unknown or misshapen, in the layout's own names; expected and found are {our name: shape}."""
+    """What is missing, unknown or misshapen, in the layout's own names; expected and found are {our name: tensor}."""
     rows = [(ours, theirs) for theirs, ours in LAYOUTS[layout].names if ours] if layout else [("", "")]
     wrong = [f"{rename(name, rows)} is missing" for name in sorted(expected.keys() - found.keys())]
     wrong += [f"{rename(name, rows)} has no place" for name in sorted(found.keys() - expected.keys())]
-    wrong += [f"{rename(name, rows)} has shape {list(found[name])}, expected {list(shape)}"
-              for name, shape in expected.items() if tuple(found.get(name, shape)) != tuple(shape)]
+    wrong += [f"{rename(name, rows)} has shape {list(found[name].shape)}, expected {list(t.shape)}"
+              for name, t in expected.items() if found.get(name, t).shape != t.shape]
     return some(wrong)
