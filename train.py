@@ -416,12 +416,15 @@ def run(argv):
     check(c)
     torch.manual_seed(c.seed)
     model, extra = resumed or (LM(make_config(c)), {})
-    return fit(c, model, extra, load_corpus(c.data), next_byte_loss, "train.py")
+    return fit(c, join_processes(pick_device(c.device)), model, extra, load_corpus(c.data), next_byte_loss, "train.py")
 
 
-def fit(c, model, extra, corpus, loss_of, script):
-    """Train model in the folder c.out until the budget is spent: the exit status. extra is the resumed checkpoint's."""
-    rank, world, device = join_processes(pick_device(c.device))
+def fit(c, where, model, extra, corpus, loss_of, script):
+    """Train model in the folder c.out until the budget is spent: the exit status.
+
+    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on.
+    """
+    rank, world, device = where
     if c.batch_size % (world * c.accumulate):
         raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)

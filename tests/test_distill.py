@@ -1,0 +1,437 @@
+"""distill.py: the map from attention to a state-space layer, what is copied, frozen and trained, and every loss."""
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill
+import model
+import sample
+import train
+from distill import align_loss, copy_attention, dpo_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
+from model import LM, Config, load
+from scan import ssd
+
+F64 = torch.float64
+
+
+def transformer(n_layer=4, n_head=6, n_kv_head=3, size=4, **changes):
+    """A float64 transformer with grouped queries, whose norms are not all alike."""
+    torch.manual_seed(0)
+    teacher = LM(Config(("attention+mlp",) * n_layer, d_model=n_head * size, n_head=n_head, n_kv_head=n_kv_head, tie=False,
+                        **changes)).double()
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return teacher
+
+
+# The map
+
+
+@pytest.mark.parametrize("impl", ["naive", "quadratic", "chunked"])
+@pytest.mark.parametrize("l", [1, 7, 67])
+def test_ssd_without_decay_is_attention_without_softmax(impl, l):
+    """dt = 1, A = 0, D = 0, n = head size: y_t = sum_{s <= t} (q_t . k_s) v_s (The Mamba in the Llama, section 3)."""
+    torch.manual_seed(0)
+    b, heads, kv_heads, size = 2, 6, 3, 5
+    q, k, v = (torch.randn(b, l, h, size, dtype=F64) for h in (heads, kv_heads, kv_heads))
+    k_all, v_all = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
+    want = torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k_all, v_all, torch.ones(l, l, dtype=F64).tril())
+    y, h = ssd(v_all, torch.ones(b, l, heads, dtype=F64), torch.zeros(heads, dtype=F64), k_all, q, impl=impl)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(h, torch.einsum("bjhp,bjhn->bhpn", v_all, k_all), rtol=1e-10, atol=1e-10)
+
+
+def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax():
+    """The rows that were copied, through ssd with dt = 1 and A = 0 and the copied out_proj; keys and values are shared."""
+    teacher, x = transformer(), torch.randn(2, 11, 24, dtype=F64)
+    attention, mixer = teacher.layers[1].mixer, make_student(teacher, "mamba2", 0, "attention").layers[1].mixer
+    parts = {name: (x @ rows.T).unflatten(-1, (6, 4)) for name, rows in input_rows(mixer).items() if name != "dt"}
+    y, _ = ssd(parts["x"], torch.ones(2, 11, 6, dtype=F64), torch.zeros(6, dtype=F64), parts["B"], parts["C"])
+    q = attention.q_proj(x).unflatten(-1, (6, 4))
+    k, v = (p(x).unflatten(-1, (3, 4)).repeat_interleave(2, dim=2) for p in (attention.k_proj, attention.v_proj))
+    want = attention.o_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, torch.ones(11, 11, dtype=F64).tril()).flatten(2))
+    torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
+
+
+def aligned(heads, kv_heads, size, n):
+    """Share of the query slices of n channels that meet the same slice of their own key head, when slices are repeated as
+    the released Mamba-1 hybrids do: slice i of the queries reads slice i // (heads / kv_heads) of the keys."""
+    share, per_head = heads // kv_heads, size // n
+    right = [(i // per_head // share) * per_head + i % per_head for i in range(heads * per_head)]
+    return sum(i // share == r for i, r in enumerate(right)) / len(right)
+
+
+def test_slices_of_16_do_not_line_up_with_heads_of_128():
+    """Llama-3-8B (32 heads, 8 of them keys) and 3B (24, 8): 87.5 and 83.3 % of the slices meet a wrong part of the key;
+    with n = head size, as here, none does."""
+    assert aligned(32, 8, 128, 16) == 1 / 8 and aligned(24, 8, 128, 16) == pytest.approx(1 / 6)
+    assert aligned(32, 8, 128, 128) == aligned(24, 8, 128, 128) == aligned(32, 32, 128, 16) == 1
+
+
+def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
+    """softplus(2 b) of a dt meant to be 0.001, 0.01, 0.1 is 1e-6, 1e-4, 0.011."""
+    b = torch.tensor([1e-3, 1e-2, 1e-1], dtype=F64)
+    b = b + torch.log(-torch.expm1(-b))
+    torch.testing.assert_close(F.softplus(2 * b), torch.tensor([1.0e-6, 1.0e-4, 1.1e-2], dtype=F64), rtol=0.02, atol=0)
+    mixer = make_student(transformer(), "mamba", 0, "attention").layers[0].mixer
+    with torch.no_grad():
+        mixer.dt_proj.weight.zero_()
+    seen = []
+    scan = model.selective_scan
+    monkeypatch.setattr(model, "selective_scan", lambda x, dt, *rest: seen.append(dt) or scan(x, dt, *rest))
+    mixer(torch.randn(1, 3, 24, dtype=F64))
+    assert torch.equal(seen[0], F.softplus(mixer.dt_proj.bias).expand(1, 3, -1))
+
+
+@pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
+                                         (0.75, [1, 2, 3, 5, 6, 7]), (1, list(range(8)))])
+def test_attention_stays_where_the_paper_keeps_it(share, kept):
+    """Section 3.3; every smaller share keeps a part of what a larger one keeps, so that layers can be replaced stepwise."""
+    assert [i for i in range(8) if keeps_attention(i, share)] == kept
+    assert [i for i in range(32) if not keeps_attention(i, 0.75)] == list(range(0, 32, 4))
+    assert [i for i in range(32) if keeps_attention(i, share)] == [i + 8 * j for j in range(4) for i in kept]
+
+
+# The student
+
+
+def test_replacing_no_layer_leaves_the_logits_identical():
+    teacher, tokens = transformer(), torch.randint(256, (2, 9))
+    student = make_student(teacher, "mamba2", 1, "attention")
+    assert replaced(student, teacher) == [] and torch.equal(student(tokens)[0], teacher(tokens)[0])
+
+
+@pytest.mark.parametrize("layer, share", [("mamba2", 0), ("mamba2", 0.5), ("mamba", 0.25), ("mamba", 0.75)])
+def test_all_but_the_new_parts_equals_the_teacher(layer, share):
+    teacher = transformer(norm="layer", rope_base=500.0, window=13)
+    student = make_student(teacher, layer, share, "attention")
+    new = replaced(student, teacher)
+    assert new == [i for i in range(4) if not keeps_attention(i, share)]
+    assert [name for name in student.config.layers] == [(layer if i in new else "attention") + "+mlp" for i in range(4)]
+    old, now = teacher.state_dict(), student.state_dict()
+    assert {k for k in old.keys() & now.keys() if not torch.equal(old[k], now[k])} == set()
+    assert {k.split("mixer.")[1] for k in now.keys() - old.keys()} == {
+        "mamba2": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight"},
+        "mamba": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log",
+                  "D", "out_proj.weight"}}[layer]
+    for i in new:
+        attention, mixer = teacher.layers[i].mixer, student.layers[i].mixer
+        assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        rows = input_rows(mixer)
+        assert sum(len(r) for r in rows.values()) == len(mixer.in_proj.weight)
+        for name, projection in {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}.items():
+            if name in rows:
+                heads = projection.weight.unflatten(0, (-1, 4))
+                for head, block in enumerate(rows[name].unflatten(0, (6, 4))):
+                    assert torch.equal(block, heads[head * len(heads) // 6])
+    assert ("B" in rows) == (layer == "mamba2")
+
+
+def test_a_student_from_random_mixers_or_from_scratch_shares_only_what_it_says():
+    teacher = transformer()
+    old = teacher.state_dict()
+    for init, same in (("random", True), ("scratch", False)):
+        student = make_student(teacher, "mamba2", 0.5, init)
+        mixer, attention = student.layers[0].mixer, teacher.layers[0].mixer
+        assert not torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        assert not torch.equal(input_rows(mixer)["C"], attention.q_proj.weight)
+        now = student.state_dict()
+        assert all(torch.equal(now[k], old[k]) == same for k in old.keys() & now.keys())
+    torch.manual_seed(7)
+    want = LM(distill.student_config(teacher.config, "mamba2", 0.5)).double().state_dict()
+    torch.manual_seed(7)
+    got = make_student(teacher, "mamba2", 0.5, "scratch").state_dict()
+    assert all(torch.equal(got[k], w) for k, w in want.items())
+
+
+def test_stepwise_replacement_keeps_the_layers_that_were_replaced_before():
+    """75 -> 50 -> 25 -> 0 % attention, each student the source of the next."""
+    source = teacher = transformer(n_layer=8)
+    for share, new in ((0.75, [0, 4]), (0.5, [2, 6]), (0.25, [1, 5]), (0, [3, 7])):
+        student = make_student(source, "mamba2", share, "attention")
+        assert replaced(student, source) == new
+        old, now = source.state_dict(), student.state_dict()
+        assert all(torch.equal(old[k], now[k]) for k in old.keys() & now.keys())
+        source = student
+    assert replaced(source, teacher) == list(range(8)) and source.recurrent
+
+
+@pytest.mark.parametrize("layer", ["mamba2", "mamba"])
+def test_a_hybrid_continues_from_its_mixed_state(layer):
+    student, tokens = make_student(transformer(window=7), layer, 0.5, "attention"), torch.randint(256, (2, 23))
+    whole, _ = student(tokens)
+    state, pieces = None, []
+    for piece in tokens.split([1, 2, 9, 1, 10], dim=1):
+        logits, state = student(piece, state)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer, share", [("mamba2", 0), ("mamba2", 0.5), ("mamba", 0.5), ("mamba2", 1)])
+@pytest.mark.parametrize("init, stage", [("attention", "align"), ("random", "mixers"), ("scratch", "all")])
+def test_the_table_counts_every_parameter_once(layer, share, init, stage):
+    teacher = transformer()
+    student = make_student(teacher, layer, share, init)
+    new = replaced(student, teacher)
+    distill.freeze(student, stage, new)
+    rows = inventory(student, new, init)
+    assert sum(count for _, count, _, _ in rows) == sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for i in new for p in student.layers[i].mixer.parameters())
+    if stage != "all":
+        assert sum(count for _, count, _, fate in rows if fate == "trained") == trained
+    copied = {part for part, _, origin, _ in rows if origin == "copied"}
+    kept = {"MLP", "embedding, norms, head"} | ({"attention"} if share else set())
+    mapped = {"V -> x", "O -> out_proj"} | ({"K -> B", "Q -> C"} if layer == "mamba2" else set())
+    assert copied == {"attention": kept | (mapped if new else set()), "random": kept, "scratch": set()}[init]
+
+
+# Losses
+
+
+def pieces(student, teacher, targets):
+    """(KL(teacher || student), KL(student || teacher), cross entropy), each a mean over positions, by autograd."""
+    log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    return ((log_q.exp() * (log_q - log_p)).sum(-1).mean(), (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+            F.nll_loss(log_p.flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.3, 0.7, 1.9)])
+def test_the_fused_loss_has_the_value_and_gradient_of_its_definition(weights):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 5, 7, dtype=F64) for _ in range(2))
+    targets = torch.randint(7, (2, 5))
+    leaf = student.clone().requires_grad_()
+    got = match(leaf, teacher, targets, *weights)
+    other = student.clone().requires_grad_()
+    want = sum(w * loss for w, loss in zip(weights, pieces(other, teacher, targets)))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*(torch.autograd.grad(2 * t, x)[0] for t, x in ((got, leaf), (want, other))), rtol=1e-10, atol=1e-10)
+
+
+def test_forward_and_reverse_divergence_by_hand():
+    """q = (3/4, 1/4), p = (1/2, 1/2): KL(q || p) = 3/4 ln 3/2 + 1/4 ln 1/2 and KL(p || q) = 1/2 ln 2/3 + 1/2 ln 2."""
+    student, teacher = torch.zeros(1, 1, 2, dtype=F64), torch.tensor([[[math.log(3), 0.0]]], dtype=F64)
+    target = torch.tensor([[1]])
+    assert match(student, teacher, target, 1.0, 0.0, 0.0).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert match(student, teacher, target, 0.0, 1.0, 0.0).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
+    assert match(student, None, target, 0.0, 0.0, 1.0).item() == pytest.approx(math.log(2))
+
+
+def test_both_divergences_and_their_gradients_vanish_where_the_student_is_the_teacher():
+    logits = torch.randn(2, 3, 5, dtype=F64).requires_grad_()
+    loss = match(logits, logits.detach() + 1.5, torch.zeros(2, 3, dtype=torch.long), 1.0, 1.0, 0.0)  # softmax ignores the 1.5
+    assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
+
+
+def test_losses_are_means_over_positions_whatever_the_window():
+    """The released code's sum over positions divided by windows grows with their length: KL begins at 20,000."""
+    student, teacher = torch.randn(2, 1, 3, 5, dtype=F64).unbind(0)
+    targets = torch.tensor([[0, 1, 2]])
+    one = match(student, teacher, targets, 1.0, 0.5, 0.2)
+    for b, l in ((4, 1), (1, 6), (3, 2)):
+        many = match(student.repeat(b, l, 1), teacher.repeat(b, l, 1), targets.repeat(b, l), 1.0, 0.5, 0.2)
+        torch.testing.assert_close(many, one, rtol=1e-10, atol=1e-10)
+    log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    short, long = (F.kl_div(log_p.repeat(1, l, 1), log_q.repeat(1, l, 1), log_target=True, reduction="batchmean") for l in (1, 6))
+    assert long.item() == pytest.approx(6 * short.item())
+
+
+def test_narrow_logits_are_compared_in_float32():
+    student, teacher = (8 * torch.randn(1, 4, 9)).bfloat16(), (8 * torch.randn(1, 4, 9)).bfloat16()
+    targets = torch.randint(9, (1, 4))
+    leaf = student.clone().requires_grad_()
+    loss = match(leaf, teacher, targets, 1.0, 1.0, 1.0)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, match(student.float(), teacher.float(), targets, 1.0, 1.0, 1.0))
+    assert torch.autograd.grad(loss, leaf)[0].dtype == torch.bfloat16
+
+
+def test_preference_loss():
+    """ln 2 where policy and reference agree; by hand elsewhere; lower as the chosen answer gains on the rejected one."""
+    chosen, rejected = torch.tensor([-3.0, -5.0], dtype=F64), torch.tensor([-4.0, -1.0], dtype=F64)
+    assert dpo_loss(chosen, rejected, chosen, rejected).item() == pytest.approx(math.log(2))
+    one = dpo_loss(*(torch.tensor([v], dtype=F64) for v in (-3.0, -4.0, -3.5, -2.0)), beta=0.2)
+    assert one.item() == pytest.approx(math.log(1 + math.exp(-0.2 * (0.5 + 2.0))))
+    leaf = chosen.clone().requires_grad_()
+    gradient, = torch.autograd.grad(dpo_loss(leaf, rejected, chosen, rejected, beta=0.1), leaf)
+    torch.testing.assert_close(gradient, torch.full((2,), -0.1 / 2 / 2, dtype=F64))
+
+
+def test_alignment_is_zero_for_the_layer_itself_and_one_for_a_silent_layer():
+    """Both read what the teacher's layer reads, so that layers do not depend on one another."""
+    teacher, x = transformer(), torch.randn(2, 7, 24, dtype=F64)
+    answers = [teacher.layers[i].mixer(x)[0].detach() for i in (0, 2)]
+    assert align_loss(teacher, [0, 2], [x, x], answers).item() == 0
+    student = make_student(teacher, "mamba2", 0, "attention")
+    for i in (0, 2):
+        student.layers[i].mixer.out_proj.weight.data.zero_()
+    assert align_loss(student, [0, 2], [x, x], answers).item() == 1
+
+
+# The script
+
+TINY = "--seq_len 16 --batch_size 4 --warmup 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(200))[:2000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory):
+    """A run of train.py --layer attention with four layers."""
+    out = tmp_path_factory.mktemp("teacher")
+    assert train.main([*TINY, *"--layer attention --n_layer 4 --d_model 16 --n_head 2 --steps 60 --lr 0.01".split(),
+                       "--data", str(corpus), "--out", str(out)]) == 0
+    return out
+
+
+def argv(teacher, corpus, out, *flags):
+    return [*TINY, "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), "--steps", "4", *map(str, flags)]
+
+
+def go(teacher, corpus, out, *flags):
+    """A run that must succeed: (its log, its model)."""
+    assert distill.main(argv(teacher, corpus, out, *flags)) == 0
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()], load(out)[0]
+
+
+def losses(log):
+    return [line["train_bpb"] for line in log if line["train_bpb"] is not None]
+
+
+@pytest.mark.parametrize("layer, share", [("mamba2", 0.25), ("mamba2", 0), ("mamba", 0.5)])
+def test_distillation_brings_the_student_to_its_teacher(layer, share, teacher, corpus, tmp_path, capsys):
+    """From attention to a student that is nearer to the teacher than to the beginning; then it samples and validates."""
+    log, student = go(teacher, corpus, tmp_path / "run", "--layer", layer, "--keep_attention", share, "--steps", 80)
+    out = capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "log.jsonl"]
+    assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else layer) + "+mlp" for i in range(4)]
+    assert losses(log)[-1] < losses(log)[0] / 4
+    for part in ("V -> x", "O -> out_proj", "copied", "new", "trained", "teacher", f"{log[-1]['val_bpb']:.4f}"):
+        assert part in out
+    start = float(out.split("student ")[-1].split()[0])
+    assert log[-1]["val_bpb"] < start
+    assert train.main(["--out", str(tmp_path / "run"), "--eval_only", "--device", "cpu"]) == 0
+    assert f"{log[-1]['val_bpb']:.4f}" in capsys.readouterr().out
+
+
+def test_a_student_writes(teacher, corpus, tmp_path, capfdbinary):
+    go(teacher, corpus, tmp_path / "run", "--keep_attention", 0.5)
+    capfdbinary.readouterr()
+    assert sample.main(["--ckpt", str(tmp_path / "run"), "--bytes", "40", "--prompt", "12", "--raw", "--device", "cpu"]) == 0
+    written = capfdbinary.readouterr().out
+    assert len(written) == 42 and written.startswith(b"12")
+
+
+@pytest.mark.parametrize("stage", ["align", "mixers", "all"])
+def test_what_is_frozen_stays_bit_for_bit_and_what_is_trained_moves(stage, teacher, corpus, tmp_path):
+    source = load(teacher)[0]
+    torch.manual_seed(1)
+    before = make_student(source, "mamba2", 0.25, "attention").state_dict()
+    _, student = go(teacher, corpus, tmp_path / "run", "--stage", stage, "--weight_decay", 0.5)
+    for name, w in student.state_dict().items():
+        trained = stage == "all" or ".mixer." in name and not name.startswith("layers.3.")
+        assert torch.equal(w, before[name]) != trained, name
+
+
+def test_alignment_makes_each_new_layer_answer_as_its_attention_layer(teacher, corpus, tmp_path):
+    log, _ = go(teacher, corpus, tmp_path / "run", "--stage", "align", "--steps", 60, "--lr", 0.01)
+    assert losses(log)[-1] < losses(log)[0] / 2
+
+
+def test_stages_follow_one_another(teacher, corpus, tmp_path, capsys):
+    """Half of the attention aligned, the mixers trained on the teacher's own text, a quarter end to end from there."""
+    go(teacher, corpus, tmp_path / "align", "--stage", "align", "--keep_attention", 0.5)
+    pseudo = tmp_path / "pseudo.bin"
+    pseudo.write_bytes(bytes(corpus.read_bytes()[::-1]))
+    go(teacher, corpus, tmp_path / "mixers", "--stage", "mixers", "--keep_attention", 0.5, "--student", tmp_path / "align",
+       "--pseudo", pseudo, "--ce", 1, "--kl", 0.1)
+    assert str(pseudo) in capsys.readouterr().out
+    _, student = go(teacher, corpus, tmp_path / "all", "--student", tmp_path / "mixers", "--reverse_kl", 1)
+    assert [layer[:6] for layer in student.config.layers] == ["mamba2"] * 3 + ["attent"]
+
+
+def test_scratch_with_cross_entropy_alone_is_training_without_a_teacher(teacher, corpus, tmp_path):
+    log, _ = go(teacher, corpus, tmp_path / "run", "--init", "scratch", "--ce", 1, "--kl", 0, "--dtype", "float64")
+    source = load(teacher)[0].double()
+    torch.manual_seed(1)
+    student = make_student(source, "mamba2", 0.25, "scratch")
+    first = torch.from_numpy(train.windows(train.load_corpus(str(corpus)).train, 17, 4, 1, 0))
+    assert losses(log)[0] == pytest.approx(train.next_byte_loss(student, first).item() / math.log(2), rel=1e-10)
+
+
+@pytest.mark.parametrize("stage", ["align", "all"])
+def test_a_stopped_distillation_resumes_exactly(stage, teacher, corpus, tmp_path, monkeypatch, capsys):
+    flags = ("--stage", stage, "--steps", 6)
+    whole, want = go(teacher, corpus, tmp_path / "whole", *flags)
+    draw = train.windows
+
+    def windows(data, length, batch, seed, step):
+        if step == 2 and batch > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(data, length, batch, seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "windows", windows)
+        assert distill.main(argv(teacher, corpus, tmp_path / "parts", *flags)) == 130
+    assert "python distill.py" in capsys.readouterr().out
+    assert distill.main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
+    parts = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert losses(parts) == losses(whole)
+    got = load(tmp_path / "parts")[0].state_dict()
+    assert all(torch.equal(got[name], w) for name, w in want.state_dict().items())
+
+
+def refused(capsys, flags, *parts):
+    capsys.readouterr()
+    assert distill.main(list(map(str, flags))) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert str(part) in err
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ("--keep_attention 1.5", ["--keep_attention 1.5"]), ("--keep_attention nan", ["--keep_attention"]),
+    ("--layer s5", ["--layer s5", "mamba2"]), ("--init best", ["--init best", "scratch"]), ("--stage 2", ["--stage 2", "align"]),
+    ("--kl -1", ["--kl -1"]), ("--kl 0", ["not all 0"]), ("--kl nan", ["--kl nan"]), ("--steps 0", ["--steps 0"]),
+    ("--stage align --keep_attention 1", ["--stage align", "--keep_attention 1"]), ("--teacher no_such", ["no_such"]),
+    ("--student no_such", ["no_such"]), ("--pseudo no_such", ["no_such"]), ("--d_model 32", ["--d_model"])])
+def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, corpus, tmp_path, capsys):
+    refused(capsys, [*argv(teacher, corpus, tmp_path / "run"), *flags.split()], *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_do_not_fit(teacher, corpus, tmp_path, capsys):
+    """A teacher without attention, a student of another shape, state-space layers of two kinds, another script's run."""
+    model.save(tmp_path / "ssm.pt", LM(Config(("mamba2",), d_model=16, head_dim=8)))
+    refused(capsys, argv(tmp_path / "ssm.pt", corpus, tmp_path / "run"), "ssm.pt", "no attention", "mamba2")
+    for name, changes in {"d_model": {"d_model": 32}, "layers": {"layers": ("attention+mlp",) * 3}, "vocab": {"vocab": 300},
+                          "n_head": {"n_head": 4, "n_kv_head": 4}}.items():
+        config = dataclasses.replace(load(teacher)[0].config, **changes)
+        model.save(tmp_path / f"{name}.pt", LM(config))
+        refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / f"{name}.pt"), f"{name}.pt", name)
+    half = make_student(load(teacher)[0], "mamba2", 0.5, "attention")
+    model.save(tmp_path / "half.pt", half)
+    refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / "half.pt", "--layer", "mamba"), "d_state", "--layer")
+    refused(capsys, ["--out", teacher, "--resume"], "another script's run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_its_teacher_and_its_shape(teacher, corpus, tmp_path, capsys):
+    go(teacher, corpus, tmp_path / "run")
+    for name, value in (("keep_attention", 0.5), ("stage", "align"), ("layer", "mamba"), ("init", "random")):
+        refused(capsys, ["--out", tmp_path / "run", "--resume", f"--{name}", value], f"--{name}", "another --out")
+    assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 2
