@@ -80,7 +80,7 @@ class RunFlags:
     batch_size: int = flag(4, "windows in a step, over all processes")
     accumulate: int = flag(1, "parts a process cuts its windows into, one after the other, to save memory")
     lr: float = flag(5e-3, "peak learning rate")
-    warmup: int = flag(50, "steps of linear warm-up, under a cosine that falls to 5 % of the peak")
+    warmup: int = flag(50, "steps of linear warm-up, under a line that falls from the peak to zero")
     weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
 
@@ -218,8 +218,8 @@ def describe(model):
 
 
 def learning_rate(c, step, progress):
-    """Linear warm-up times a cosine from the peak at progress 0 to 5 % of it at 1."""
-    return c.lr * min(1.0, (step + 1) / max(c.warmup, 1)) * (0.525 + 0.475 * math.cos(math.pi * min(progress, 1.0)))
+    """Linear warm-up to the peak, times a line from 1 at progress 0 to 0 at progress 1."""
+    return c.lr * min(1.0, (step + 1) / max(c.warmup, 1)) * (1 - min(progress, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

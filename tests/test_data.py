@@ -359,6 +359,15 @@ def test_windows_are_a_pure_function_of_seed_and_step():
     assert (later != first).any() and (windows(data, 31, 3, seed=2, step=1) != first).any()
 
 
+def test_an_epoch_of_windows_makes_every_byte_a_target_once():
+    data = np.arange(251, dtype=np.uint8)  # 41 windows of 6 targets fit, 40 are read, so that the offset has room
+    for epoch in range(3):
+        targets = np.concatenate([windows(data, 7, 5, 3, step)[:, 1:].ravel() for step in range(8 * epoch, 8 * epoch + 8)])
+        assert len(set(targets.tolist())) == len(targets) == 240 and targets.max() - targets.min() == 239
+    first = [windows(data, 7, 40, 3, step)[:, 0] for step in range(3)]
+    assert len({tuple(f) for f in first}) == 3 and all((f != np.sort(f)).any() for f in first)
+
+
 def test_windows_reach_the_first_and_the_last_byte():
     data = np.arange(11, dtype=np.uint8)
     starts = {int(start) for step in range(20) for start in windows(data, 7, 5, seed=0, step=step)[:, 0]}
