@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file
-from scan import selective_scan, ssd
+from scan import dplr_legs, s4, s4d, s4d_init, selective_scan, ssd
 
 
 class ConfigError(ValueError):
@@ -61,6 +61,8 @@ class Config:
         if "attention" in kinds:
             _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
             _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
+        if kinds & {"s4", "s4d"} and self.d_state % 2:
+            raise ConfigError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; try {self.d_state + 1}")
         if "mamba2" in kinds:
             _divides(self.expand * self.d_model, "expand * d_model", self.head_dim, "head_dim")
 
@@ -76,6 +78,68 @@ def _divides(whole, whole_name, part, part_name, times=1):
 
 def make_norm(c):
     return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S4 and S4D: every channel a linear system of its own that does not look at what it reads
+
+
+def init_log_dt(size):
+    """log dt for dt log-uniform in [0.001, 0.1]: a step that small remembers for 1/dt, hence 10 to 1,000 bytes."""
+    return torch.rand(size) * math.log(100) + math.log(0.001)
+
+
+class S4State(NamedTuple):
+    h: torch.Tensor  # (b, d, modes), complex
+
+
+class S4D(nn.Module):
+    """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
+
+    y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, for C B is all that counts.
+    n = d_state real numbers a channel are n/2 complex modes, each standing for itself and its conjugate: hence 2 C, and
+    this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real ones,
+    (d, n/2, 2), since .to(dtype) would drop an imaginary part.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d, A = c.d_model, s4d_init("lin", c.d_state)[0]
+        self.log_dt = nn.Parameter(init_log_dt(d))
+        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
+        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
+        self.D = nn.Parameter(torch.randn(d))
+        self.out_proj = nn.Linear(d, 2 * d)
+
+    def systems(self, x, h):
+        A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
+        return s4d(x, torch.exp(self.log_dt), A, 1.0, 2 * torch.view_as_complex(self.C), self.D, h)
+
+    def forward(self, x, state=None):
+        y, h = self.systems(x, *(state or (None,)))
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
+
+
+class S4(S4D):
+    """The layer of S4 (Gu et al. 2021): the same with HiPPO-LegS, A = diag(Lambda) - P P^*, and a trained B.
+
+    P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        n = c.d_state
+        Lambda, P, B, _ = (t[n // 2:].to(torch.complex64).repeat(c.d_model, 1) for t in dplr_legs(n))
+        with torch.no_grad():
+            self.log_A_real.copy_((-Lambda.real).log())
+            self.A_imag.copy_(Lambda.imag)
+        self.P, self.B = nn.Parameter(torch.view_as_real(P)), nn.Parameter(torch.view_as_real(B))
+
+    def systems(self, x, h):
+        Lambda = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
+        halves = [Lambda, *(torch.view_as_complex(t) for t in (self.P, self.B, self.C))]
+        return s4(x, torch.exp(self.log_dt), *(torch.cat([t, t.conj()], dim=-1) for t in halves), self.D, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,8 +191,8 @@ def causal_conv(x, weight, bias, tail):
 
 
 def init_dt_bias(size):
-    """b with softplus(b) log-uniform in [0.001, 0.1]: a step that small remembers for 1/dt, hence 10 to 1,000 bytes."""
-    dt = torch.exp(torch.rand(size) * math.log(100) + math.log(0.001)).clamp(min=1e-4)
+    """b with softplus(b) = dt, spread as in S4."""
+    dt = torch.exp(init_log_dt(size)).clamp(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus, which does not overflow
 
 
@@ -292,7 +356,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
+MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model

@@ -276,7 +276,7 @@ def dplr_legs(n):
     return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
-# S4: the kernel of A = diag(Lambda) - P P^*, every mode beside its conjugate, bilinear rule
+# S4: A = diag(Lambda) - P P^*, every mode beside its conjugate, bilinear rule
 
 
 def dplr_step(x, dt, Lambda, P, B, h):
@@ -288,33 +288,78 @@ def dplr_step(x, dt, Lambda, P, B, h):
     half = dt[:, None] / 2
     right = h + half * (Lambda * h - P * (P.conj() * h).sum(-1, keepdim=True)) + 2 * half * B * x[..., None]
     inverse = 1 / (1 - half * Lambda)
-    g = inverse * right
-    P_inv = inverse * P
-    return g - P_inv * (P.conj() * g).sum(-1, keepdim=True) / (1 / half + (P.conj() * P_inv).sum(-1, keepdim=True))
-
-
-def s4_kernel(dt, Lambda, P, B, C, l):
-    """K_j = C Abar^j Bbar, bilinear rule: dt (d,), Lambda, P, B, C (d, n), modes in conjugate pairs -> K (d, l), real.
-
-    S4 section 3.2, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
-        sum_{j < l} K_j z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)                  a geometric series
-                            = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                          the bilinear rule put in
-                            = 2 dt (q(C', B) - s q(C', P) q(P^*, B) / (1 + s q(P^*, P)))       Woodbury, s = dt (1 + z)
-    with Cauchy sums q(u, v) = sum_n u_n v_n / (2 (1 - z) - s Lambda_n). The paper divides by 1 + z, which is zero where
-    z = -1; this form has no pole. A parameter holds C, not C', so l may change at will; Abar^l costs n^3 log l.
-    """
-    z = torch.exp(-2j * math.pi / l * torch.arange(l // 2 + 1, dtype=dt.dtype, device=dt.device))  # half: K is real
-    s = dt[:, None] * (1 + z)  # (d, l/2 + 1)
-    C = C - (C[:, None] @ torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)).squeeze(1)
-    sums = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], dim=-1)  # (d, n, 4)
-    CB, CP, PB, PP = (1 / (2 * (1 - z)[:, None] - s[..., None] * Lambda[:, None]) @ sums).unbind(-1)
-    return torch.fft.irfft(2 * dt[:, None] * (CB - s * CP * PB / (1 + s * PP)), l)
+    g, u = inverse * right, inverse * P
+    return g - u * (P.conj() * g).sum(-1, keepdim=True) / (1 / half + (P.conj() * u).sum(-1, keepdim=True))
 
 
 def dplr_matrix(dt, Lambda, P):
     """Abar (d, n, n) of dplr_step, column by column: what it does to each unit vector."""
     eye = torch.eye(Lambda.shape[1], dtype=Lambda.dtype, device=Lambda.device)[:, None]  # (n, 1, n)
     return dplr_step(dt.new_zeros(1, 1), dt, Lambda, P, torch.zeros_like(P), eye).permute(1, 2, 0)
+
+
+def s4_kernel(dt, Lambda, P, B, C, l):
+    """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
+
+    S4 section 3.2, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
+        sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)            a geometric series
+                                      = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                    the rule put in
+                                      = q(C', B) - g q(C', P) q(P^*, B)                            Woodbury
+    with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and Cauchy sums q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n).
+    The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A parameter holds C, not C', so l may
+    change at will; the price is Abar^l, n^3 log l.
+    """
+    return _s4_read(_circle(dt, Lambda, P, l), P, B, C)
+
+
+def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
+    """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
+
+    x (b, l, d) · dt (d,) · Lambda, P, B, C (d, n) complex · D (d,) · h0 (b, d, n) complex, zero if None
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. In the convolution h0 is one more
+    push: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
+    """
+    l, wide = x.shape[1], x.to(dt.dtype)
+    if _pick(impl, {"recurrence": True, "convolution": False}, "recurrence" if l == 1 else "convolution"):
+        h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
+        hs = []
+        for x_t in wide.unbind(1):
+            h = dplr_step(x_t, dt, Lambda, P, B, h)
+            hs.append(h)
+        y = (torch.stack(hs, dim=1) * C).sum(-1).real
+        return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
+    circle = _circle(dt, Lambda, P, l)
+    y, h = fft_conv(wide, _s4_read(circle, P, B, C), D), _s4_write(circle, P, B, wide)
+    if h0 is not None:
+        push = h0 / dt[:, None] + (Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)) / 2
+        y, h = y + _s4_read(circle, P, push, C).mT, h + torch.einsum("dnm,bdm->bdn", circle[-1], h0)
+    return y.to(x.dtype), h
+
+
+def _circle(dt, Lambda, P, l):
+    """z (l,), the Cauchy matrix (d, l, n) and g (d, l) of s4_kernel, and Abar^l (d, n, n)."""
+    z = torch.exp(-2j * math.pi / l * torch.arange(l, dtype=dt.dtype, device=dt.device))
+    dt_ = dt[:, None, None]
+    cauchy = 2 * dt_ / (2 * (1 - z)[:, None] - dt_ * (1 + z)[:, None] * Lambda[:, None])
+    g = (1 + z) / (2 + (1 + z) * (cauchy @ (P.conj() * P)[..., None]).squeeze(-1))
+    return z, cauchy, g, torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)
+
+
+def _s4_read(circle, P, B, C):
+    """The kernel (..., d, l) for B (..., d, n)."""
+    _, cauchy, g, power = circle
+    C = C - (C[:, None] @ power).squeeze(1)
+    CB, CP, PB = (cauchy @ torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B), dim=-1)).unbind(-1)
+    return torch.fft.ifft(CB - g * CP * PB).real
+
+
+def _s4_write(circle, P, B, x):
+    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n): the kernel's formula with every mode for C, at position l - 1, where z^-j = z."""
+    z, cauchy, g, power = circle
+    X = (torch.fft.fft(x, dim=1) * z[:, None] / len(z)).permute(2, 0, 1)  # (d, b, l)
+    PB = (cauchy @ (P.conj() * B)[..., None]).squeeze(-1)
+    h = B[:, None] * (X @ cauchy) - P[:, None] * (X * (g * PB)[:, None] @ cauchy)  # (d, b, n)
+    return (h - h @ power.mT).transpose(0, 1)
 
 
 # S4D: A diagonal, zero-order hold; everything is n separate complex numbers
@@ -348,27 +393,60 @@ def s4d_kernel(dt, A, B, C, l):
     conjugate add up to twice the real part.
     """
     Bbar = discretize(dt[:, None], A, B, "zoh")[1]
-    return geometric(dt[:, None] * A, C * Bbar, l)
+    return _read(_powers(dt[:, None] * A, l), C * Bbar)[..., :l]
 
 
-def geometric(z, w, l):
-    """Re sum_n w_n exp(j z_n) for j < l: z (d, n), w (..., d, n) -> (..., d, l).
+def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+    """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re sum_n C h_t + D x_t,   by zero-order hold
 
-    Written out, n l d exponentials. But with j = i + size k it is a product of two small matrices, exp(i z) and
-    w exp(size k z), 2 sqrt(l) exponentials a mode; and the real part of a complex product is one real product.
+    x (b, l, d) · dt (d,) · A, B, C (d, n) complex, B may be a number · D (d,) · h0 (b, d, n) complex, zero if None
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. The convolution is exact with
+    states too: h0 answers with C Abar^(j+1) h0 whatever x does, and h_last is a sum over x with the same powers.
     """
-    early, late = _powers(z, l)
-    late = w[..., None] * late
-    with _no_autocast(z.device):
-        K = torch.cat([late.real, -late.imag], dim=-2).mT @ torch.cat([early.real, early.imag], dim=-2)
-    return K.flatten(-2)[..., :l]
+    l = x.shape[1]
+    wide, z = x.to(dt.dtype), dt[:, None] * A
+    Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
+    if _pick(impl, {"recurrence": True, "convolution": False}, "recurrence" if l == 1 else "convolution"):
+        h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
+        y = (C * h).sum(-1).real
+        return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h[:, -1]
+    powers = _powers(z, l)
+    y, h = fft_conv(wide, _read(powers, C * Bbar)[..., :l], D), Bbar * _write(powers, wide)
+    if h0 is not None:
+        y, h = y + _read(powers, C * Abar * h0)[..., :l].mT, h + torch.exp(l * z) * h0
+    return y.to(x.dtype), h
 
 
 def _powers(z, l):
-    """exp(i z) (d, n, size) and exp(size k z) (d, n, k) for l = size k or a little less; size is about sqrt(l)."""
+    """exp(i z) (d, n, size) and exp(size k z) (d, n, k), for every j = i + size k < l; size is about sqrt(l).
+
+    Written out, exp(j z) are n l d numbers; so they are never written out.
+    """
     size = math.isqrt(l - 1) + 1
     i = torch.arange(size, dtype=z.real.dtype, device=z.device)
     return torch.exp(z[..., None] * i), torch.exp(z[..., None] * size * i[:-(-l // size)])
+
+
+def _read(powers, w):
+    """Re sum_n w_n exp(j z_n) at every j: w (..., d, n) -> (..., d, l or a little more).
+
+    A product of two small matrices, w exp(size k z) and exp(i z); the real part of a complex product is one real product.
+    """
+    early, late = powers[0], w[..., None] * powers[1]
+    with _no_autocast(w.device):
+        return (torch.cat([late.real, -late.imag], -2).mT @ torch.cat([early.real, early.imag], -2)).flatten(-2)
+
+
+def _write(powers, x):
+    """sum_j exp(j z) x_{l-1-j}, what an input leaves in the state: x (b, l, d), real -> (b, d, n)."""
+    early, late = powers
+    x = F.pad(x.flip(1), (0, 0, 0, early.shape[2] * late.shape[2] - x.shape[1]))
+    x = x.unflatten(1, (late.shape[2], -1)).permute(3, 0, 1, 2)  # (d, b, k, i)
+    with _no_autocast(x.device):
+        h = x.flatten(1, 2) @ torch.cat([early.real, early.imag], dim=1).mT  # (d, b k, 2n)
+    h = torch.complex(*h.chunk(2, dim=-1)).unflatten(1, x.shape[1:3])
+    return torch.einsum("dbkn,dnk->bdn", h, late)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The selective scan (Mamba, section 3): dt, B and C move with the input, so the model chooses what to keep

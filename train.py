@@ -87,18 +87,18 @@ class RunFlags:
 
 @dataclass
 class Flags(RunFlags):
-    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2 or attention")
+    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2, s4, s4d or attention")
     eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     d_model: int = flag(192, "width")
     n_layer: int = flag(3, "layers")
-    d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2")
+    d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2, 64 for s4 and s4d")
     head_dim: int = flag(32, "mamba2: channels of a head")
     n_head: int = flag(4, "attention: heads")
     dropout: float = flag(0.0, "on every layer's output, while training")
 
 
 MODEL_FLAGS = ("layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
-D_STATE = {"mamba": 16, "mamba2": 32}
+D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}
 
 
 def check(c):
@@ -189,31 +189,38 @@ class Stop:
 # The optimizer
 
 
-def decay_groups(model):
-    """{"decayed": names, "not decayed": names}: only the weights of linear layers are pulled towards zero.
+SLOW = {"log_dt", "log_A_real", "A_imag", "P", "B"}  # what makes the memory of S4 and S4D; Mamba's A_log is not slow
+SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rate; S4 trains with 0.01 and these with 0.001
+
+
+def parameter_groups(model):
+    """{"decayed": names, "not decayed": names, "slow": names}: only the weights of linear layers are pulled towards zero.
 
     By name, since shape misleads: A_log has two axes, and decaying it would pull every A towards -1. The embedding is not
-    decayed, also where the head shares it.
+    decayed, also where the head shares it. A small change of an S4 layer's dt or A changes its whole kernel: hence slow.
     """
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [name for name, _ in model.named_parameters()]  # a shared tensor appears once, as the embedding
-    return {"decayed": [n for n in names if n in linear], "not decayed": [n for n in names if n not in linear]}
+    groups = {group: [] for group in SHARE}
+    for name, _ in model.named_parameters():  # a shared tensor appears once, as the embedding
+        groups["decayed" if name in linear else "slow" if name.split(".")[-1] in SLOW else "not decayed"].append(name)
+    return {group: names for group, names in groups.items() if names}
 
 
 def make_optimizer(model, lr, weight_decay):
-    parameters, groups = dict(model.named_parameters()), decay_groups(model)
-    return torch.optim.AdamW([{"params": [parameters[n] for n in groups["decayed"]], "weight_decay": weight_decay},
-                              {"params": [parameters[n] for n in groups["not decayed"]], "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.98), fused=next(model.parameters()).device.type != "mps")
+    parameters = dict(model.named_parameters())
+    groups = [{"params": [parameters[n] for n in names], "weight_decay": weight_decay * (group == "decayed"),
+               "share": SHARE[group]} for group, names in parameter_groups(model).items()]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=next(model.parameters()).device.type != "mps")
 
 
 def describe(model):
-    """The parameter table: what is decayed and what is not, by the last part of the name."""
+    """The parameter table: what is decayed, what is not, what learns slowly, by the last part of the name."""
     parameters = dict(model.named_parameters())
     lines = [f"{sum(p.numel() for p in parameters.values()):,} parameters"]
-    for group, names in decay_groups(model).items():
+    for group, names in parameter_groups(model).items():
         kinds = sorted({".".join(p for p in n.split(".")[-2:] if not p.isdigit()) for n in names})
-        lines.append(f"  {group:12}{sum(parameters[n].numel() for n in names):>12,}  {' '.join(kinds)}")
+        lines.append(f"  {group:12}{sum(parameters[n].numel() for n in names):>12,}  {' '.join(kinds)}"
+                     + f"; not decayed, {SHARE[group]} of the learning rate" * (SHARE[group] < 1))
     return "\n".join(lines)
 
 
@@ -339,7 +346,7 @@ def next_byte_loss(model, windows):
 def train_step(model, optimizer, batch, c, cast, lr, loss_of):
     """One step on this process's windows, (b, seq_len + 1): the mean of loss_of(model, windows) in nats, a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
     total = 0.0
     parts = batch.chunk(c.accumulate)
     for i, part in enumerate(parts):

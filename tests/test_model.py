@@ -17,8 +17,10 @@ from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigEr
                    init_dt_bias, load, rotate, save)
 
 F64 = torch.float64
-SIZES = dict(d_model=12, vocab=17, d_state=5, d_conv=4, head_dim=4, n_group=3, n_head=2, n_kv_head=1, d_mlp=7)
-KINDS = {"mamba": Config(("mamba",) * 2, **SIZES),
+SIZES = dict(d_model=12, vocab=17, d_state=10, d_conv=4, head_dim=4, n_group=3, n_head=2, n_kv_head=1, d_mlp=7)
+KINDS = {"s4": Config(("s4",) * 2, **SIZES),
+         "s4d": Config(("s4d",) * 2, **SIZES),
+         "mamba": Config(("mamba",) * 2, **SIZES),
          "mamba2": Config(("mamba2",) * 2, **SIZES),
          "attention": Config(("attention+mlp",) * 2, **SIZES),
          "window": Config(("attention+mlp",) * 2, **SIZES, window=5),
@@ -141,7 +143,7 @@ def test_both_parts_of_the_state_matter(kind):
     assert state[0].conv.shape[1] == 3  # k - 1
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2"])
 def test_the_recurrent_state_has_the_same_size_after_any_length(kind):
     model = make(kind)
     shapes = {tuple(t.shape for t in tensors_of(model(tokens(l))[1])) for l in (1, 2, 3, 4, 50)}
@@ -185,7 +187,7 @@ def test_autocast_keeps_the_parameters_and_the_recurrent_state_wide(kind):
         logits, state = model(tokens(9))
         logits2, _ = model(tokens(9), state)
     want, _ = model(torch.cat([tokens(9), tokens(9)], dim=1))
-    assert all(s.h.dtype == torch.float32 for s in state if hasattr(s, "h"))
+    assert all(s.h.dtype in (torch.float32, torch.complex64) for s in state if hasattr(s, "h"))
     assert (torch.cat([logits, logits2], 1) - want).norm() < 0.05 * want.norm()
 
 
@@ -323,7 +325,7 @@ def test_what_writes_into_the_residual_stream_shrinks_with_depth():
     assert torch.equal(four.in_proj.weight, one.in_proj.weight)
 
 
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("layer", ["s4", "s4d", "mamba", "mamba2", "attention+mlp"])
 def test_an_untrained_model_guesses_uniformly(layer):
     """The loss at step 0 is ln 256 = 5.545 nats, near enough."""
     torch.manual_seed(0)
@@ -334,7 +336,7 @@ def test_an_untrained_model_guesses_uniformly(layer):
 
 def test_impossible_sizes_are_one_line_errors():
     attention = dict(layers=("attention",))
-    for flags, message in ((dict(layers=("mamba3",)), '"mamba3" is not one of mamba, mamba2'),
+    for flags, message in ((dict(layers=("mamba3",)), '"mamba3" is not one of s4, s4d, mamba'),
                            (dict(layers=()), "at least one layer"),
                            (attention | dict(d_model=100, n_head=6), "--d_model 100 is not divisible by --n_head 6"),
                            (attention | dict(n_head=4, n_kv_head=3), "--n_head 4 is not divisible by --n_kv_head 3"),

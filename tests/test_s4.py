@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scan import (dense_kernel, discretize, discretize_dense, dplr_legs, dplr_matrix, dplr_step, fft_conv, hippo_legs,
-                  legs_basis, s4_kernel, s4d_init, s4d_kernel, scan)
+                  legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
 
 F64, C128 = torch.float64, torch.complex128
 
@@ -273,3 +273,36 @@ def test_convolution_in_numbers():
     y = fft_conv(t64(1, -1, 2, 0.5, 0, 3)[None, :, None], K, t64(0.25))
     close(y[0, :, 0], t64(0.381475498940, -0.262076257827, 0.757901120242, 0.430483609846, 0.293880202821,
                           1.440493507660), 1e-11)
+
+
+# Whole layers: convolution and recurrence, with states
+
+
+def random_system(name, n=6, d=3, dtype=C128):
+    torch.manual_seed(0)
+    C, D, dt = torch.randn(d, n, dtype=C128), torch.randn(d, dtype=F64), torch.rand(d, dtype=F64) / 10
+    if name == "s4d":
+        system = [torch.complex(-torch.rand(d, n, dtype=F64), 30 * torch.randn(d, n, dtype=F64)), torch.randn_like(C)]
+    else:
+        Lambda, P, B, _ = dplr_legs(n)
+        system = [t.expand(d, n) + 0.1 * torch.randn_like(C) for t in (Lambda, P, B)]
+    return [dt, *system, C, D]
+
+
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("l", [1, 2, 3, 7, 8, 31, 64, 100, 257])
+@pytest.mark.parametrize("layer", [s4, s4d])
+def test_convolution_is_recurrence_with_states_in_and_out(layer, l, with_h0):
+    """Values, last state, and gradients to everything, also through the last state."""
+    system = random_system(layer.__name__)
+    torch.manual_seed(l)
+    tensors = [torch.randn(2, l, 3, dtype=F64), *system] + [torch.randn(2, 3, 6, dtype=C128)] * with_h0
+    results = []
+    for impl in ("recurrence", "convolution"):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y, h = layer(*leaves, impl=impl)
+        gen = torch.Generator().manual_seed(1)
+        dy, dh = torch.randn(y.shape, generator=gen, dtype=F64), torch.randn(h.shape, generator=gen, dtype=F64).to(C128)
+        results.append([y, h, *torch.autograd.grad((y, h), leaves, (dy, dh))])
+    for got, want in zip(*results):
+        close(got, want, 1e-9)

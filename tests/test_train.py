@@ -18,13 +18,13 @@ import torch.nn as nn
 import sample
 import train
 from model import LM, Config, load
-from train import Flags, decay_groups, evaluate, learning_rate, make_optimizer
+from train import Flags, evaluate, learning_rate, make_optimizer, parameter_groups
 
 ROOT = Path(train.__file__).parent
 TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
         "--device cpu").split()
 KEYS = ["step", "bytes", "seconds", "train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second"]
-LAYERS = ["mamba", "mamba2", "attention"]
+LAYERS = ["mamba", "mamba2", "s4", "s4d", "attention"]
 F64 = torch.float64
 
 
@@ -99,23 +99,31 @@ def at_step(monkeypatch, step, action):
 # The optimizer
 
 
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp", "s4", "s4d"])
 @pytest.mark.parametrize("tie", [False, True])
 def test_parameter_groups_partition_the_parameters_and_decay_linear_weights_only(layer, tie):
     """Mamba's A_log, D and dt_bias must not be pulled to zero; nor embeddings, norms, biases and the convolution."""
     model = LM(Config((layer,) * 2, d_model=16, head_dim=8, tie=tie))
-    groups = decay_groups(model)
-    names = [name for name, _ in model.named_parameters()]
-    assert sorted(groups["decayed"] + groups["not decayed"]) == sorted(names)
+    groups = parameter_groups(model)
+    assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
     assert all(re.search(r"(proj|lm_head)\.weight$", name) for name in groups["decayed"])
     for name in groups["not decayed"]:
-        assert re.search(r"A_log$|\.D$|dt_bias$|embedding\.weight$|conv1d|norm|\.bias$", name), name
+        assert re.search(r"A_log$|\.[CD]$|dt_bias$|embedding\.weight$|conv1d|norm|\.bias$", name), name
+    slow = {"s4": ["log_dt", "log_A_real", "A_imag", "P", "B"], "s4d": ["log_dt", "log_A_real", "A_imag"]}.get(layer, [])
+    assert groups.get("slow", []) == [f"layers.{i}.mixer.{name}" for i in range(2) for name in slow]
     assert ("lm_head.weight" in groups["decayed"]) == (not tie)
     optimizer = make_optimizer(model, 0.1, 0.3)
-    decayed, rest = optimizer.param_groups
-    assert decayed["weight_decay"] == 0.3 and rest["weight_decay"] == 0
-    assert [len(decayed["params"]), len(rest["params"])] == [len(groups["decayed"]), len(groups["not decayed"])]
-    assert len({id(p) for p in decayed["params"] + rest["params"]}) == len(names)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0, 0][:len(groups)]
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(names) for names in groups.values()]
+
+
+def test_parameters_of_s4_learn_at_a_tenth_of_the_learning_rate(corpus, tmp_path, capsys):
+    """S4 and S4D train A, B, P and dt with 0.001 beside 0.01; the run's first lines say so, and a resumed run keeps it."""
+    flags = argv(corpus, tmp_path / "run", "--layer", "s4", "--lr", 0.5)
+    assert train.main(flags) == 0 and train.main([*flags, "--resume", "--steps", "6"]) == 0
+    assert "log_dt; not decayed, 0.1 of the learning rate" in capsys.readouterr().out
+    decayed, rest, slow = load(tmp_path / "run" / "last.pt")[1]["optimizer"]["param_groups"]
+    assert decayed["lr"] == rest["lr"] == pytest.approx(10 * slow["lr"]) and slow["lr"] > 0
 
 
 def test_a_step_without_gradient_shrinks_linear_weights_and_nothing_else():
@@ -171,7 +179,7 @@ def test_validation_scores_each_byte_once_in_windows(layer, size, seq_len):
         assert evaluate(model, data, seq_len, batch) == pytest.approx(want, rel=1e-10)
 
 
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4", "s4d", "attention+mlp"])
 def test_carried_validation_is_one_pass_over_the_whole(layer):
     """The state goes from piece to piece, so the size of the pieces does not matter."""
     model, data = random_model(layer), np.random.default_rng(0).integers(0, 256, 41, dtype=np.uint8)
