@@ -5,10 +5,8 @@ later state continues it, so training (l = a window), prefill (l = a prompt), ch
 one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
 the rollback.
 """
-import contextlib
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file
+from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
+from data.corpus import whole_file
 from scan import dplr_legs, s4, s4d, s4d_init, selective_scan, ssd
 
 
@@ -44,6 +43,8 @@ class Config:
     d_mlp: int = 0        # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
     norm: str = "rms"     # rms (weight only) or layer (weight and bias)
     norm_eps: float = 1e-5
+    bias: bool = False    # Mamba, Mamba-2: of the projections in and out; no released model has them
+    conv_bias: bool = True
     tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
 
@@ -177,12 +178,14 @@ class _CausalConv(torch.autograd.Function):
 def causal_conv(x, weight, bias, tail):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
-    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x; None is zeros.
+    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is zeros.
     Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes next.
     """
     (b, l, d), k = x.shape, weight.shape[2]
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
+    if bias is None:
+        bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
     if l == 1:  # a byte at a time: one product
@@ -211,13 +214,13 @@ class Mamba(nn.Module):
     def __init__(self, c):
         super().__init__()
         d, n, rank = c.expand * c.d_model, c.d_state, math.ceil(c.d_model / 16)
-        self.in_proj = nn.Linear(c.d_model, 2 * d, bias=False)
-        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d)  # holds the weights; causal_conv does the work
+        self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds the weights; causal_conv does the work
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real: A = -1 .. -n
         self.D = nn.Parameter(torch.ones(d))
-        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+        self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(init_dt_bias(d))
@@ -246,13 +249,13 @@ class Mamba2(nn.Module):
         d, nh = c.expand * c.d_model, c.expand * c.d_model // c.head_dim
         self.sizes = [d, d + 2 * c.n_group * c.d_state, nh]  # z | x B C | dt
         self.heads, self.groups, self.n = nh, c.n_group, c.d_state
-        self.in_proj = nn.Linear(c.d_model, sum(self.sizes), bias=False)
-        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], c.d_conv, groups=self.sizes[1])
+        self.in_proj = nn.Linear(c.d_model, sum(self.sizes), bias=c.bias)
+        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], c.d_conv, groups=self.sizes[1], bias=c.conv_bias)
         self.dt_bias = nn.Parameter(init_dt_bias(nh))
         self.A_log = nn.Parameter(torch.log(torch.empty(nh).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(nh))
-        self.norm = nn.RMSNorm(d)  # holds the weight; forward norms each group
-        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+        self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
+        self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
 
     def forward(self, x, state=None):
         conv, h = state or (None, None)
@@ -264,7 +267,7 @@ class Mamba2(nn.Module):
         y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
                    B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
-        y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(2) * self.norm.weight
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
         return self.out_proj(y), MambaState(conv, h)
 
 
@@ -417,21 +420,18 @@ class LM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save(path, model, **extra):
-    """Config, weights and whatever extra a run keeps, in one file: written under a temporary name, then renamed."""
-    path = Path(path)
-    partial = path.with_name(path.name + f".{os.getpid()}.part")
+def save(path, model, layout="own", **extra):
+    """Config, weights and whatever extra a run keeps, in one file, which appears under its name when it is whole.
+
+    Any other layout of data/checkpoints.py (hf opens in transformers) writes a folder for another program, without extra.
+    """
+    if layout != "own":
+        return write(path, layout, dataclasses.asdict(model.config), model.state_dict())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
+        with whole_file(Path(path)) as file:
             torch.save({"format": FORMAT, "torch": str(torch.__version__), "config": dataclasses.asdict(model.config),
-                        "model": model.state_dict(), **extra}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+                        "model": model.state_dict(), **extra}, file)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; the file there before is untouched") from e
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.corpus import whole_file
 
 FORMAT = "bytestate-1"  # what our own files call themselves
 
@@ -97,8 +98,8 @@ def named_tensors(path, content):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
     for name, t in content.items():
-        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
-                and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
+        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
+        if not (isinstance(name, str) and plain and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
             raise CheckpointError(f"{path}: {str(name)[:80]} is {type(t).__name__}, expected {FORMAT} or named tensors")
     return content
 
@@ -148,27 +149,50 @@ def find(folder):
 class Layout(NamedTuple):
     file: str       # what the file of the tensors is called; a folder with config.json holds it, if there are settings
     names: tuple    # (theirs, ours): how names begin, {i} a layer's number; ours None: we have no use for it
-    settings: dict  # {kind of the layers: {key in config.json: our setting, or a tuple of the values that we compute}}
+    settings: dict  # {kind of the layers: {key in config.json: our setting, or a tuple of the values that we compute,
+                    # the first of which we write}}
     needs: dict     # settings of ours that the layout takes for granted
 
 
 SILU = ("silu", "swish")
+LAYERS_AND_HEAD = (("backbone.layers.{i}.", "layers.{i}."), ("backbone.norm_f.", "norm_f."), ("lm_head.", "lm_head."))
+STATE_SPACES = {"d_model": "d_model", "n_layer": "n_layer", "vocab_size": "vocab", "tie_embeddings": "tie",
+                "pad_vocab_size_multiple": (1, 8, 16, 32, 64), "ssm_cfg.d_state": "d_state", "ssm_cfg.d_conv": "d_conv",
+                "ssm_cfg.expand": "expand", "ssm_cfg.bias": "bias", "ssm_cfg.conv_bias": "conv_bias"}
+HF = {"hidden_act": SILU, "vocab_size": "vocab", "hidden_size": "d_model", "num_hidden_layers": "n_layer",
+      "tie_word_embeddings": "tie"}
+HF_MAMBA = {**HF, "state_size": "d_state", "conv_kernel": "d_conv", "expand": "expand", "use_bias": "bias",
+            "use_conv_bias": "conv_bias", "layer_norm_epsilon": "norm_eps"}
 LAYOUTS = {
+    # state-spaces/mamba-*, mamba2-* and JunxiongWang/MambaByte_*; these have LayerNorms whatever their rms_norm says
+    "state-spaces": Layout("pytorch_model.bin", (("backbone.embedding.", "embedding."), *LAYERS_AND_HEAD), {
+        "mamba": STATE_SPACES,
+        "mamba2": {**STATE_SPACES, "ssm_cfg.layer": ("Mamba2",), "ssm_cfg.norm_before_gate": (False,),
+                   "ssm_cfg.headdim": "head_dim", "ssm_cfg.ngroups": "n_group"}},
+        {"norm_eps": 1e-5}),
+    # the .pt files of the MambaByte repository
+    "mambabyte": Layout("", (
+        ("mambabyte.token_embedding.", "embedding."), ("mambabyte.layers.{i}.", "layers.{i}."),
+        ("mambabyte.final_norm.", "norm_f."), ("lm_head.", "lm_head.")), {"mamba": {}}, {"norm_eps": 1e-5}),
+    # transformers: MambaForCausalLM, Mamba2ForCausalLM
+    "hf": Layout("model.safetensors", (("backbone.embeddings.", "embedding."), *LAYERS_AND_HEAD), {
+        "mamba": {"model_type": ("mamba",), **HF_MAMBA},
+        "mamba2": {"model_type": ("mamba2",), **HF_MAMBA, "num_heads": "heads", "head_dim": "head_dim",
+                   "n_groups": "n_group",
+                   "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])}},  # None: not written
+        {"norm": "rms"}),
+    # transformers: LlamaForCausalLM
     "llama": Layout("model.safetensors", (
-        ("model.embed_tokens.", "embedding."),
-        ("model.layers.{i}.self_attn.rotary_emb.inv_freq", None),
-        ("model.layers.{i}.self_attn.", "layers.{i}.mixer."),
-        ("model.layers.{i}.mlp.", "layers.{i}.mlp."),
+        ("model.embed_tokens.", "embedding."), ("model.layers.{i}.self_attn.rotary_emb.inv_freq", None),
+        ("model.layers.{i}.self_attn.", "layers.{i}.mixer."), ("model.layers.{i}.mlp.", "layers.{i}.mlp."),
         ("model.layers.{i}.input_layernorm.", "layers.{i}.norm."),
-        ("model.layers.{i}.post_attention_layernorm.", "layers.{i}.mlp_norm."),
-        ("model.norm.", "norm_f."),
+        ("model.layers.{i}.post_attention_layernorm.", "layers.{i}.mlp_norm."), ("model.norm.", "norm_f."),
         ("lm_head.", "lm_head.")), {
         "attention+mlp": {
-            "model_type": ("llama",), "hidden_act": SILU, "vocab_size": "vocab", "hidden_size": "d_model",
-            "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+            "model_type": ("llama",), **HF, "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
             "head_dim": "head_size", "intermediate_size": "d_mlp", "rms_norm_eps": "norm_eps",
-            "rope_theta": "rope_base", "rope_parameters.rope_theta": "rope_base", "rope_scaling": "rope_scaling",
-            "rope_parameters": "rope_scaling", "tie_word_embeddings": "tie"}},
+            "rope_theta": "rope_base", "rope_scaling": "rope_scaling",  # of one thing, the first name is what we write
+            "rope_parameters.rope_theta": "rope_base", "rope_parameters": "rope_scaling"}},
         {"norm": "rms", "window": 0}),
 }
 
@@ -210,6 +234,10 @@ def recognise(path, names):
 # ---- Sizes and settings --------------------------------------------------------------------------------------
 
 MIXERS = {  # kind: {tensor: names of its axes}; the first tensor tells the kind
+    "mamba": {"mixer.x_proj.weight": ("rank + 2n", "d_inner"), "mixer.A_log": ("d_inner", "d_state"),
+              "mixer.conv1d.weight": ("d_inner", "1", "d_conv")},
+    "mamba2": {"mixer.dt_bias": ("heads",), "mixer.out_proj.weight": ("d_model", "d_inner"),
+               "mixer.conv1d.weight": ("d_inner + 2gn", "1", "d_conv")},
     "attention": {"mixer.q_proj.weight": ("d_q", "d_model"), "mixer.k_proj.weight": ("d_kv", "d_model")},
     "mlp": {"mlp.gate_proj.weight": ("d_mlp", "d_model")},
 }
@@ -254,7 +282,16 @@ def infer(shapes, given):
     """Our settings, from the shapes, and from those given where no shape tells: heads, groups."""
     kinds = kinds_of(shapes)
     s = {**given, **axes_of(shapes, kinds)}
-    c = {"layers": kinds, "norm": "layer" if "norm_f.bias" in shapes else "rms"} | {k: s[k] for k in ("vocab", "d_model")}
+    c = {"layers": kinds, "vocab": s["vocab"], "d_model": s["d_model"],
+         "norm": "layer" if "norm_f.bias" in shapes else "rms"}
+    if "mamba" in kinds[0]:
+        c |= {"expand": ratio(s, "d_inner", "d_model"), "d_conv": s["d_conv"],
+              "bias": "layers.0.mixer.in_proj.bias" in shapes, "conv_bias": "layers.0.mixer.conv1d.bias" in shapes}
+    if kinds[0] == "mamba":
+        c["d_state"] = s["d_state"]
+    if kinds[0] == "mamba2":
+        s |= {"gn": (s["d_inner + 2gn"] - s["d_inner"]) // 2, "n_group": s.get("n_group", 1)}
+        c |= {"head_dim": ratio(s, "d_inner", "heads"), "n_group": s["n_group"], "d_state": ratio(s, "gn", "n_group")}
     if "mlp" in kinds[0]:
         c["d_mlp"] = s["d_mlp"]
     if "attention" in kinds[0]:
@@ -265,7 +302,8 @@ def infer(shapes, given):
 
 def derived(c):
     """What other programs' settings name besides."""
-    return {"n_layer": len(c["layers"]), "head_size": c["d_model"] // c.get("n_head", 1)}
+    return {"n_layer": len(c["layers"]), "head_size": c["d_model"] // c.get("n_head", 1),
+            "heads": c.get("expand", 1) * c["d_model"] // c.get("head_dim", 1)}
 
 
 def is_number(value):
@@ -282,7 +320,7 @@ def lookup(settings, key):
 def read_setting(key, value, ours):
     """A value of config.json as ours; CheckpointError where it asks for something that we do not compute."""
     if isinstance(ours, tuple) and value not in ours:
-        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[0])} is computed here")
+        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[-1])} is computed here")
     if ours == "rope_scaling":
         kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
         numbers = tuple(value.get(k) for k in ROPE) if kind == "llama3" else ()
@@ -305,11 +343,15 @@ def complete(shapes, layout, settings):
         if value is not None:
             given[str(ours)] = read_setting(key, value, ours)
     c = infer(shapes, given)
-    for ours, value in {**derived(c), **layout.needs, **c}.items():
+    for ours, value in {**derived(c), **c}.items():
         said = given.pop(ours, value)
         if said != value and not (ours == "vocab" and said < value):  # state-spaces: 50277 symbols in 50280 rows
-            raise CheckpointError(f"config.json says that {ours} is {said}, the tensors say {value}")
-    return {k: v for k, v in given.items() if k.isidentifier()} | c
+            raise CheckpointError(f"{ours} is {said} in config.json, but {value} in the tensors")
+    c |= {ours: value for ours, value in given.items() if ours.isidentifier()}
+    for ours, value in layout.needs.items():
+        if c.get(ours, value) != value:
+            raise CheckpointError(f"{ours} is {c[ours]}, which this layout does not know")
+    return c
 
 
 def read(path, content):
@@ -350,3 +392,59 @@ def misfits(layout, expected, found):
     wrong += [f"{rename(name, rows)} has shape {list(found[name].shape)}, expected {list(t.shape)}"
               for name, t in expected.items() if found.get(name, t).shape != t.shape]
     return some(wrong)
+
+
+# ---- And back ------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(file, tensors):
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * t.itemsize
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # the tensors' bytes begin at a multiple of 8
+    file.write(len(header).to_bytes(8, "little") + header)
+    for t in tensors.values():
+        file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_settings(c, rows):
+    """config.json's content: the same rows as in read_setting, from right to left."""
+    settings, done, c = {}, set(), {**c, **derived(c)}
+    for key, ours in rows.items():
+        value = ours[0] if isinstance(ours, tuple) else c[ours]
+        if ours == "rope_scaling":
+            value = {"rope_type": "llama3", **dict(zip(ROPE, value))} if value else None
+        if value is None or ours in done:  # not to be written; or written already, under its older name
+            continue
+        *outer, last = key.split(".")
+        place = settings
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+        done.add(ours)
+    return settings
+
+
+def write(path, layout, c, tensors):
+    """The model of settings c in another program's layout: a folder with config.json, or one file where it has none."""
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"layout {layout} is not one of own, {', '.join(LAYOUTS)}")
+    table, kinds = LAYOUTS[layout], set(c["layers"])
+    if len(kinds) > 1 or not kinds <= table.settings.keys() or any(c[k] != v for k, v in table.needs.items()):
+        needs = "".join(f", {k} {v}" for k, v in table.needs.items())
+        raise CheckpointError(f"layout {layout} holds layers of {' or '.join(table.settings)}{needs}; this model has "
+                              f"{', '.join(sorted(kinds))}" + "".join(f", {k} {c[k]}" for k in table.needs))
+    rows = [(ours, theirs) for theirs, ours in table.names if ours]
+    tensors = {rename(name, rows): t for name, t in tensors.items()}
+    if c["tie"] and table.file.endswith(".safetensors"):  # no two names for the same memory there
+        del tensors["lm_head.weight"]
+    try:
+        with whole_file(Path(path, table.file)) as file:
+            write_safetensors(file, tensors) if table.file.endswith(".safetensors") else torch.save(tensors, file)
+        if table.file:
+            with whole_file(Path(path, "config.json")) as file:
+                file.write(json.dumps(write_settings(c, table.settings[c["layers"][0]]), indent=1).encode() + b"\n")
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; a file there before is untouched") from e

@@ -1,12 +1,14 @@
 """data/checkpoints.py: published weights open here with the same logits; what is damaged is named in one line."""
 import json
+import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
 
 from data.checkpoints import CheckpointError, read_safetensors
-from model import load
+from model import LM, Config, load, save
 
 
 def tokens(l, b=2, vocab=17, seed=1):
@@ -78,3 +80,282 @@ def test_llama_without_its_config_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="n_head .not in config.json"):
         load(tmp_path)
+
+
+MAMBA = dict(vocab_size=17, hidden_size=20, num_hidden_layers=3)
+PEERS = {"plain": ("Mamba", {}), "untied": ("Mamba", dict(tie_word_embeddings=False)),
+         "n 5, k 3": ("Mamba", dict(state_size=5, conv_kernel=3)), "biases": ("Mamba", dict(use_bias=True)),
+         "no conv bias": ("Mamba", dict(use_conv_bias=False)), "expand 3": ("Mamba", dict(expand=3)),
+         "eps": ("Mamba", dict(layer_norm_epsilon=0.1)),
+         "mamba2": ("Mamba2", dict(num_heads=8, head_dim=5, n_groups=1)),
+         "mamba2, groups": ("Mamba2", dict(num_heads=8, head_dim=5, n_groups=2, state_size=7, layer_norm_epsilon=0.1)),
+         "mamba2, tied": ("Mamba2", dict(num_heads=4, head_dim=10, n_groups=4, state_size=3, tie_word_embeddings=True)),
+         "mamba2, biases": ("Mamba2", dict(num_heads=2, head_dim=20, n_groups=1, use_bias=True, use_conv_bias=False))}
+
+
+@pytest.mark.parametrize("shape", PEERS)
+def test_mamba_and_mamba2_open_with_the_same_logits_in_both_directions(shape, tmp_path):
+    """transformers' folder opens here; what is saved here opens there; safetensors, torch and sharded files."""
+    transformers = pytest.importorskip("transformers")
+    name, config = PEERS[shape]
+    peer = random_peer(name, **MAMBA, **config)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="1GB" if shape == "plain" else "3KB")
+    ours, extra = load(tmp_path / "theirs")
+    assert extra == {"layout": "hf"}
+    agree(ours, peer)
+    save(tmp_path / "back", ours, layout="hf")
+    theirs = getattr(transformers, name + "ForCausalLM")
+    back, told = theirs.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    agree(ours, back.eval())
+    assert load(tmp_path / "back")[0].config == ours.config
+    torch.save(peer.state_dict(), tmp_path / "back" / "pytorch_model.bin")
+    (tmp_path / "back" / "model.safetensors").unlink()
+    agree(load(tmp_path / "back")[0], peer)
+
+
+# Layouts: every model in every layout that can hold it
+
+MODELS = {
+    "mamba": Config(("mamba",) * 3, d_model=12, vocab=17, d_state=5, d_conv=3),
+    "MambaByte": Config(("mamba",) * 2, d_model=20, vocab=19, norm="layer", tie=False),
+    "mamba, biases": Config(("mamba",) * 2, d_model=20, bias=True, conv_bias=False, expand=3),
+    "mamba2": Config(("mamba2",) * 3, d_model=12, vocab=17, d_state=5, head_dim=4, n_group=3),
+    "mamba2, untied": Config(("mamba2",), d_model=12, vocab=17, d_state=5, head_dim=8, norm="layer", tie=False),
+    "llama": Config(("attention+mlp",) * 2, d_model=12, vocab=17, n_head=2, n_kv_head=1, d_mlp=7, norm_eps=1e-3,
+                    rope_base=77.0, rope_scaling=(8.0, 1.0, 4.0, 16.0)),
+}
+HOLDS = {"state-spaces": ("mamba", "MambaByte", "mamba, biases", "mamba2", "mamba2, untied"),
+         "mambabyte": ("mamba", "MambaByte", "mamba, biases"), "hf": ("mamba", "mamba, biases", "mamba2"),
+         "llama": ("llama",)}
+
+
+def make(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = LM(config).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens(23))[0]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_round_trip_through_all_layouts_changes_no_bit(kind, tmp_path):
+    """One after the other: what the last one held, with every setting that the model has."""
+    model, want = make(MODELS[kind]), logits(make(MODELS[kind]))
+    for layout in ("own", *(layout for layout in HOLDS if kind in HOLDS[layout]), "own"):
+        path = tmp_path / (layout + ".pt")
+        save(path, model, layout)
+        model, _ = load(path)
+        assert torch.equal(logits(model), want) and model.config == MODELS[kind]
+
+
+@pytest.mark.parametrize("layout", HOLDS)
+def test_a_layout_that_cannot_hold_a_model_says_so(layout, tmp_path):
+    for kind in MODELS.keys() - set(HOLDS[layout]):
+        with pytest.raises(CheckpointError, match=f"layout {layout} holds layers of"):
+            save(tmp_path / "x", make(MODELS[kind]), layout)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(CheckpointError, match="not one of own, state-spaces, mambabyte"):
+        save(tmp_path / "x", make(MODELS["mamba"]), "onnx")
+
+
+def test_a_release_of_mambabyte_opens_whatever_its_config_says(tmp_path):
+    """Trap: rms_norm true, but LayerNorms in the file. Saved from several processes: module. before each name."""
+    model = make(MODELS["MambaByte"])
+    save(tmp_path, model, "state-spaces")
+    saved = torch.load(tmp_path / "pytorch_model.bin")
+    assert {name.split(".")[0] for name in saved} == {"backbone", "lm_head"}
+    torch.save({f"module.{name}": t for name, t in saved.items()}, tmp_path / "pytorch_model.bin")
+    for settings in ({"rms_norm": True, "d_model": 20, "n_layer": 2, "vocab_size": 18, "ssm_cfg": {}}, None):
+        (tmp_path / "config.json").write_text(json.dumps(settings)) if settings else (tmp_path / "config.json").unlink()
+        assert torch.equal(logits(load(tmp_path)[0]), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_opens_as_float32(dtype, tmp_path):
+    """The scan, A_log, D and the residual stream stay wide; the weights are the file's."""
+    model = make(MODELS["mamba2"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+    want = logits(model)
+    for layout in ("hf", "state-spaces"):
+        save(tmp_path / layout, model.to(dtype), layout)
+        again, _ = load(tmp_path / layout)
+        assert {p.dtype for p in again.parameters()} == {torch.float32} and torch.equal(logits(again), want)
+
+
+def test_an_equal_head_is_a_tied_head(tmp_path):
+    """state-spaces' files hold both names; one parameter comes of them, as when they were trained."""
+    model = make(MODELS["mamba"])
+    weights = {f"backbone.{name}": t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    torch.save(weights | {"lm_head.weight": model.lm_head.weight.detach().clone()}, tmp_path / "x.pt")
+    again, _ = load(tmp_path / "x.pt")
+    assert again.lm_head.weight is again.embedding.weight and again.config.tie
+    torch.save(weights | {"lm_head.weight": model.lm_head.weight.detach() + 1}, tmp_path / "x.pt")
+    assert not load(tmp_path / "x.pt")[0].config.tie
+
+
+def test_a_loaded_model_trains(tmp_path):
+    save(tmp_path, make(MODELS["MambaByte"]), "state-spaces")
+    model, _ = load(tmp_path)
+    model(tokens(9))[0].square().sum().backward()
+    assert all(p.grad is not None and p.is_leaf for p in model.parameters())
+
+
+# What is damaged, and what is not what it says
+
+
+def failure(path):
+    """The message of the CheckpointError that loading must raise: one line, with the file's name."""
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+def edit_header(path, change):
+    """The header of a safetensors file through a function of its JSON text."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = change(data[8:8 + length].decode()).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length:])
+
+
+def test_a_damaged_safetensors_file_says_where(tmp_path):
+    """Lengths, shapes, types and offsets are checked against the file's size before memory is asked for."""
+    save(tmp_path, make(MODELS["llama"]), "llama")
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 3, 8, 9, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        failure(tmp_path)
+    for length in (0, 1, 2**31, 2**63, 2**64 - 1):
+        path.write_bytes(struct.pack("<Q", length) + whole[8:])
+        failure(tmp_path)
+    for old, new, message in (
+            ('"F32"', '"F4"', "one of F64"), ('"F32"', '"F16"', "cannot fill"), ("[12]", "[-12]", "cannot fill"),
+            ("[12]", "[1099511627776]", "cannot fill"), ("[12]", "[12.0]", "cannot fill"),
+            ("[12]", "[true]", "cannot fill"), ("[12]", '"12"', "cannot fill"), ("[12]", "12", "header"),
+            ("[17, 12]", "[12, 17]", "shape"), ('"shape"', '"shapes"', "shape"),
+            ("{", "[" * 100_000, "not JSON"), ("{", "[{", "not JSON"),
+            ("model.norm.weight", "model.layers.0.mlp.up_proj.weight", "twice"),
+            ("model.norm.weight", "model.norm.scale", "norm.weight is missing"),
+            ("model.norm.weight", "model.rotary", "no place in one: model.rotary"),
+            (".layers.1.", ".layers.2.", "2 layers, the last is number 2")):
+        path.write_bytes(whole)
+        edit_header(path, lambda text: text.replace(old, new))
+        assert message in failure(tmp_path)
+    path.write_bytes(whole + b"x")
+    assert "1 bytes after the last tensor" in failure(tmp_path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in failure(tmp_path)
+
+
+def test_settings_that_contradict_the_tensors_or_are_not_computed_here_say_so(tmp_path):
+    for kind, layout, changes in (
+            ("llama", "llama", {"num_attention_heads": 5, "num_key_value_heads": 2, "hidden_act": "gelu",
+                                "vocab_size": 18, "hidden_size": 24, "rms_norm_eps": "small",
+                                "rope_scaling": {"rope_type": "yarn"}, "model_type": "mistral", "rope_theta": [1],
+                                "head_dim": 12, "intermediate_size": 8}),
+            ("mamba2", "hf", {"n_groups": 2, "num_heads": 7, "state_size": 6, "model_type": "falcon_mamba", "expand": 0,
+                              "time_step_limit": [0.1, 1.0], "use_bias": True, "num_hidden_layers": 4})):
+        save(tmp_path, make(MODELS[kind]), layout)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        assert changes.keys() - {"time_step_limit"} <= settings.keys()
+        for key, value in changes.items():
+            (tmp_path / "config.json").write_text(json.dumps(settings | {key: value}))
+            failure(tmp_path / "model.safetensors")
+        for text in ("", "[]", "{", '{"model_type": }', "\xff", '{"vocab_size": 1, "vocab_size": 1}'):
+            (tmp_path / "config.json").write_text(text, encoding="latin-1")
+            with pytest.raises(CheckpointError, match="config.json"):
+                load(tmp_path)
+
+
+def test_shards_that_are_missing_or_repeat_each_other_are_named(tmp_path):
+    save(tmp_path, make(MODELS["mamba"]), "state-spaces")
+    weights = torch.load(tmp_path / "pytorch_model.bin")
+    names, index = sorted(weights), tmp_path / "pytorch_model.bin.index.json"
+    (tmp_path / "pytorch_model.bin").unlink()
+    parts = {"a.bin": names[::2], "b.bin": names[1::2]}
+    where = {name: file for file, part in parts.items() for name in part}
+    for file, part in parts.items():
+        torch.save({name: weights[name] for name in part}, tmp_path / file)
+    index.write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(logits(load(tmp_path)[0]), logits(make(MODELS["mamba"])))
+    for bad in (where | {"x": "a.bin"}, where | {names[0]: "../a.bin"}, 1, None, {name: 7 for name in names}):
+        index.write_text(json.dumps({"weight_map": bad}))
+        failure(index)
+    index.write_text(json.dumps({"weight_map": where}))
+    torch.save({name: weights[name] for name in names}, tmp_path / "b.bin")
+    assert "b.bin repeats an earlier file's" in failure(tmp_path)
+    (tmp_path / "b.bin").unlink()
+    assert "b.bin cannot be read: No such file" in failure(tmp_path)
+
+
+class Code:
+    """Pickles as a call of open: what a malicious checkpoint would do, with something worse than open."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_code_of_a_checkpoint_runs(tmp_path):
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        write({"backbone.embedding.weight": Code(tmp_path / "was run")}, tmp_path / "pytorch_model.bin")
+        failure(tmp_path)
+    assert not (tmp_path / "was run").exists()
+
+
+def test_values_that_are_not_plain_tensors_are_refused(tmp_path):
+    """A view of one number as a million would fill the memory when it is copied."""
+    good = {f"backbone.{name}": t for name, t in make(MODELS["mamba"]).state_dict().items() if name != "lm_head.weight"}
+    for name, bad in (("norm_f.weight", [1]), ("norm_f.weight", torch.ones(1).expand(10**12)), ("norm_f.weight", None),
+                      ("norm_f.weight", torch.ones(12).to_sparse()), ("norm_f.weight", torch.ones(12).long()),
+                      ("embedding.weight", torch.zeros(17, 0)), ("embedding.weight", torch.ones(())),
+                      ("layers.999999.norm.weight", torch.ones(12)), ("layers.9.norm.weight", torch.ones(12)),
+                      ("layers.0.mixer.A_log", torch.ones(24)), ("layers.0.mixer.D", torch.ones(23)),
+                      ("layers.0.mixer.dt_bias", torch.ones(2))):
+        torch.save(good | {f"backbone.{name}": bad}, tmp_path / "x.pt")
+        failure(tmp_path / "x.pt")
+    for other in ({7: torch.ones(1)}, {("a",): 1}, {}, {"a": {"b": torch.ones(1)}}):
+        torch.save(other, tmp_path / "x.pt")
+        failure(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "pytorch_model.bin", "old.bin", "own.pt"])
+def test_mutations_end_in_one_line_or_in_a_model(file, tmp_path):
+    """80 of each file: bytes changed, cut out, repeated, or a number of the header or pickle exchanged."""
+    model = make(MODELS["mamba2"])
+    layout = {"pytorch_model.bin": "state-spaces", "old.bin": "state-spaces", "own.pt": "own"}.get(file, "hf")
+    save(tmp_path / "own.pt" if layout == "own" else tmp_path, model, layout)
+    if file == "old.bin":  # the format of torch before 1.6, a bare pickle
+        torch.save(torch.load(tmp_path / "pytorch_model.bin"), tmp_path / file, _use_new_zipfile_serialization=False)
+        (tmp_path / "pytorch_model.bin").unlink()
+    whole, random = (tmp_path / file).read_bytes(), np.random.default_rng(0)
+    head = min(len(whole), 2000)  # where names, types and shapes are
+    for i in range(80):
+        data, at = bytearray(whole), int(random.integers(head if i % 4 else len(whole)))
+        if i % 3 == 0:
+            data[at:at + 4] = random.integers(0, 256, 4, dtype=np.uint8).tobytes()
+        elif i % 3 == 1:
+            del data[at:at + int(random.integers(1, 40))]
+        else:
+            data[at:at] = data[at:at + int(random.integers(1, 40))]
+        (tmp_path / file).write_bytes(bytes(data))
+        path = tmp_path / "own.pt" if layout == "own" else tmp_path
+        try:
+            load(path)
+        except CheckpointError as e:
+            assert "\n" not in str(e)

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import model as model_module
 from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Mamba, Mamba2, causal_conv,
                    init_dt_bias, load, rotate, save)
 
@@ -554,7 +553,7 @@ def test_a_rename_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
     def fail(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(CheckpointError, match="cannot write .*No space left"):
         save(path, make("mamba2"))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.pt"]
