@@ -231,14 +231,13 @@ def dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=0.1):
 
 
 def make_loss(c, teacher, mixers):
-    """loss_of(student, windows) for train.fit: the teacher reads first, without a trace for gradients."""
+    """loss_of(student, read, targets) for train.fit: the teacher reads first, without a trace for gradients."""
     needed, seen = c.stage == "align" or c.kl or c.reverse_kl, []
     if c.stage == "align":
         for i in mixers:
             teacher.layers[i].mixer.register_forward_hook(lambda _, args, answer: seen.append((args[0], answer[0])))
 
-    def loss_of(student, windows):
-        read, targets = windows[:, :-1], windows[:, 1:]
+    def loss_of(student, read, targets):
         seen.clear()
         with torch.inference_mode():
             wanted = teacher(read)[0] if needed else None
@@ -323,7 +322,7 @@ def show(c, teacher, student, new, corpus):
     for part, count, origin, fate in inventory(student, new, c.init):
         print(f"            {part:40}{count:>12,}  {origin:8}{fate}")
     glance = corpus.val[:GLANCE]
-    t, s = (evaluate(model, glance, c.seq_len, c.batch_size) for model in (teacher, student))
+    t, s = (evaluate(model, glance, c.seq_len, c.batch_size)[0] for model in (teacher, student))
     teacher.eval()
     print(f"beginning   teacher {t:.4f}, student {s:.4f} bits per byte of the first {len(glance):,} to validate")
 

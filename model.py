@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
 from data.corpus import whole_file
-from scan import dplr_legs, s4, s4d, s4d_init, selective_scan, ssd
+from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
 
 
 class ConfigError(ValueError):
@@ -26,12 +26,16 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass
 class Config:
-    """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where a SwiGLU block follows."""
+    """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where a SwiGLU block follows.
+
+    With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS.
+    """
     layers: tuple = ("mamba2",) * 4
+    block: str = ""       # encoder: gated or stacked
     d_model: int = 256
     vocab: int = 256
     d_state: int = 16     # n
-    expand: int = 2       # Mamba: channels d = expand * d_model
+    expand: int = 2       # Mamba: channels d = expand * d_model; encoder: m = expand * d_model
     d_conv: int = 4       # k, taps of the causal convolution
     head_dim: int = 64    # p, Mamba-2
     n_group: int = 1      # g, Mamba-2
@@ -47,12 +51,18 @@ class Config:
     conv_bias: bool = True
     tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
+    gelu: str = "tanh"    # encoder: BiGS's published weights were trained with the tanh form; none is the exact one
+    n_position: int = 0   # encoder: rows of a learned table of positions; 0 = none, and any length
+    n_type: int = 0       # encoder: rows of a table of segment types
 
     def __post_init__(self):
         self.layers, self.rope_scaling = tuple(self.layers), tuple(self.rope_scaling)
+        if self.block and self.block not in BLOCKS:
+            raise ConfigError(f"--block {self.block} is not one of {', '.join(BLOCKS)}")
+        mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
-            if layer.removesuffix("+mlp") not in MIXERS:
-                raise ConfigError(f'layer "{layer}" is not one of {", ".join(MIXERS)}')
+            if (layer if self.block else layer.removesuffix("+mlp")) not in mixers:
+                raise ConfigError(f'layer "{layer}" is not one of {", ".join(mixers)}' + " for an encoder" * bool(self.block))
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head", "n_kv_head"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not positive")
@@ -418,6 +428,155 @@ class LM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The bidirectional encoder: BiGS, and the three models it is compared with
+#
+# An encoder sees both sides of every position, so there is no state to carry: a layer is y = layer(x, real), with real
+# (b, l) False where a text has ended and padding begins, or None. What a mixer exchanges between positions, and what the
+# block around it does, are two choices:
+#
+#                 gated                                       stacked
+#    s4d          BiGS                                        a transformer, its attention replaced
+#    attention    a gate instead of the two-layer network     a transformer
+#
+# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights a layer, to the biases.
+
+
+class SharedS4D(nn.Module):
+    """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022, section 3; x (b, l, d)).
+
+    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_re, -1e-4) + i A_im,   dt = exp(log_step), B = 1.
+    The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each conjugate pair, so nothing is doubled.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        A = dplr_legs(c.d_state)[0]
+        self.A_re = nn.Parameter(A.real.float())
+        self.A_im = nn.Parameter(A.imag.float())
+        self.C = nn.Parameter(torch.randn(c.d_state, 2) / math.sqrt(2))  # real and imaginary part
+        self.D = nn.Parameter(torch.ones(1))
+        self.log_step = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt log-uniform in [0.01, 1]
+
+    def forward(self, x):
+        A = torch.complex(self.A_re.clamp(max=-1e-4), self.A_im)
+        C = torch.complex(self.C[:, 0], self.C[:, 1])
+        K = s4d_kernel(self.log_step.exp(), A[None], torch.ones_like(A)[None], C[None], x.shape[1])  # (1, l)
+        return fft_conv(x, K, self.D)
+
+
+class BidirectionalS4D(nn.Module):
+    """The two directions of BiGS:  W_duc SSM(gelu(W_du h)), over the text as it stands and over the text reversed.
+
+    The product of the two, in a stacked block (which has no gates) their sum. Both see the present. Padding enters the
+    SSMs as zeros, so that what it holds never reaches the text; the published models let it flow backwards, as real = None does.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.d_model
+        self.du_forward, self.du_backward = nn.Linear(d, d), nn.Linear(d, d)
+        self.duc_forward, self.duc_backward = nn.Linear(d, d), nn.Linear(d, d)
+        self.fs4, self.bs4 = SharedS4D(c), SharedS4D(c)
+        self.join, self.gelu = torch.mul if c.block == "gated" else torch.add, c.gelu
+
+    def forward(self, h, real=None):
+        f, b = (F.gelu(du(h), approximate=self.gelu) for du in (self.du_forward, self.du_backward))
+        if real is not None:
+            f, b = f * real[..., None], b * real[..., None]
+        forward = self.duc_forward(self.fs4(f))
+        return self.join(forward, self.duc_backward(self.bs4(b.flip(1)).flip(1)))
+
+
+class BidirectionalAttention(Attention):
+    """Attention without a mask, except over padding; its rotary positions reach any length."""
+
+    def forward(self, h, real=None):
+        q, k, v = (proj(h).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, 0, self.base), rotate(k, 0, self.base)
+        mask = None if real is None else real[:, None, None]
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+ENCODER_MIXERS = {"s4d": BidirectionalS4D, "attention": BidirectionalAttention}
+
+
+class BiGS(nn.Module):
+    """The bidirectional gated block (Wang et al. 2022, figure 2): y = x + W_do (gelu(W_dol mix(h)) * gelu(W_dv h)), h = norm(x)."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        d, m = c.d_model, c.expand * c.d_model
+        self.norm, self.mixer, self.gelu = make_norm(c), ENCODER_MIXERS[layer](c), c.gelu
+        self.dv, self.dol, self.do = nn.Linear(d, m), nn.Linear(d, m), nn.Linear(m, d)
+
+    def forward(self, x, real=None):
+        h = self.norm(x)
+        v = F.gelu(self.dv(h), approximate=self.gelu)
+        u = F.gelu(self.dol(self.mixer(h, real)), approximate=self.gelu)  # (b, l, m)
+        return x + self.do(u * v)
+
+
+class Stacked(nn.Module):
+    """The block of a transformer: x + mix(norm(x)), then x + W_2 gelu(W_1 norm(x)) with as many weights as BiGS has gates."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        d, m = c.d_model, 3 * c.expand * c.d_model // 2
+        self.norm, self.mixer, self.gelu = make_norm(c), ENCODER_MIXERS[layer](c), c.gelu
+        self.mlp_norm, self.up_proj, self.down_proj = make_norm(c), nn.Linear(d, m), nn.Linear(m, d)
+
+    def forward(self, x, real=None):
+        x = x + self.mixer(self.norm(x), real)
+        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate=self.gelu))
+
+
+BLOCKS = {"gated": BiGS, "stacked": Stacked}
+
+
+class Encoder(nn.Module):
+    """Tokens (b, l) -> logits (b, l, vocab), each position's of its own token, from both sides; the state is None.
+
+    real (b, l) is False at padding; types (b, l) name segments, all 0 if None. As in BERT the embeddings are summed and
+    normed, and the head is a layer, a norm and the embedding's weight again.
+    """
+    recurrent = False
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab, c.d_model)
+        self.position = nn.Embedding(c.n_position, c.d_model) if c.n_position else None
+        self.type = nn.Embedding(c.n_type, c.d_model) if c.n_type else None
+        self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in c.layers)
+        self.head, self.head_norm = nn.Linear(c.d_model, c.d_model), make_norm(c)
+        self.lm_head = nn.Linear(c.d_model, c.vocab)
+        self.lm_head.weight = self.embedding.weight
+        for table in filter(None, (self.embedding, self.position, self.type)):
+            nn.init.normal_(table.weight, std=0.02)
+        nn.init.zeros_(self.lm_head.bias)
+
+    def forward(self, tokens, real=None, types=None):
+        x = self.embedding(tokens)
+        if self.position is not None:
+            if tokens.shape[1] > self.config.n_position:
+                raise ValueError(f"{tokens.shape[1]} tokens, but the table of positions has {self.config.n_position}")
+            x = x + self.position.weight[:tokens.shape[1]]
+        if self.type is not None:
+            x = x + self.type(torch.zeros_like(tokens) if types is None else types)
+        x = self.dropout(self.norm(x))
+        for layer in self.layers:
+            x = layer(x, real)
+        return self.lm_head(self.head_norm(F.gelu(self.head(x)))), None
+
+
+def make_model(config):
+    """The model that a config is the shape of."""
+    return (Encoder if config.block else LM)(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def save(path, model, layout="own", **extra):
@@ -456,7 +615,7 @@ def load(path, device="cpu"):
         extra = {"layout": layout, "config": config, "model": weights}
     try:
         with torch.device("meta"):
-            model = LM(Config(**extra.pop("config")))
+            model = make_model(Config(**extra.pop("config")))
         weights = extra.pop("model")
         if wrong := misfits(layout, model.state_dict(), weights):
             raise ValueError(wrong)

@@ -1,7 +1,7 @@
 """Let a trained model write: python sample.py --ckpt out/mamba2 --prompt "def ".
 
 A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention keeps a cache of
-its last window.
+its last window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
 """
 import codecs
 import sys
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from model import ConfigError, load
-from train import flag, parse, pick_device, pick_dtype, run_script
+from model import ConfigError, Encoder, load
+from train import MASK, flag, parse, pick_device, pick_dtype, run_script
 
 PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the result
 
@@ -22,6 +22,8 @@ class Flags:
     prompt: str = flag("", "text to go on from; empty begins as after a newline")
     prompt_file: str = flag("", "the same from a file, any bytes; - is standard input")
     bytes: int = flag(500, "how many to write")
+    fill: str = flag("", "text whose underscores an encoder fills, a byte each; if it has none, --bytes of them follow it")
+    steps: int = flag(0, "fill in so many rounds, equally many bytes in each; 0 is a byte a round")
     temperature: float = flag(0.8, "0 always takes the likeliest byte, 1 samples from the model as it is")
     top_k: int = flag(0, "sample from the k likeliest bytes only; 0 is all")
     top_p: float = flag(1.0, "sample from the fewest bytes that together reach this probability")
@@ -81,6 +83,27 @@ def generate(model, tokens, count, law, generator=None, step=None):
 
 
 @torch.inference_mode()
+def unmask(model, tokens, steps, law, generator=None, likeliest=False):
+    """Tokens (b, l) with their MASKs filled, equally many in every row, in `steps` rounds of equal shares; 0 is a byte a round.
+
+    A round draws every masked byte, each as if it were the only one, and keeps its share: at random places, which with a
+    byte a round is the chain rule in a random order that masked diffusion learns, or where the model is surest (MaskGIT,
+    Chang et al. 2022). Fewer rounds are faster, and bytes kept in one round know nothing of each other.
+    """
+    left = int((tokens[0] == MASK).sum())
+    for rounds in tqdm(range(min(steps or left, left), 0, -1), desc="filling", leave=False, disable=None):
+        logits = model(tokens)[0][..., :MASK]  # (b, l, 256)
+        drawn = torch.multinomial(law(logits).flatten(0, 1), 1, generator=generator).view_as(tokens)
+        score = (torch.softmax(logits, -1).amax(-1) if likeliest else
+                 torch.rand(tokens.shape, generator=generator, device=tokens.device))
+        keep = -(-left // rounds)
+        places = score.masked_fill(tokens != MASK, -1).topk(keep, dim=1).indices  # (b, keep)
+        tokens = tokens.scatter(1, places, drawn.gather(1, places))
+        left -= keep
+    return tokens
+
+
+@torch.inference_mode()
 def compile_step(model, token):
     """The model compiled for one token at a time; ConfigError where there is no compiler for it."""
     print("compiling", file=sys.stderr)
@@ -121,7 +144,17 @@ def read_prompt(c):
         raise ConfigError(f"--prompt_file {c.prompt_file} cannot be read: {e.strerror}") from e
 
 
+def read_holes(c):
+    """The tokens of --fill: its bytes, with MASK for an underscore."""
+    text = c.fill.encode("utf-8", "surrogateescape")
+    return [MASK if byte == ord("_") else byte for byte in (text if b"_" in text else text + b"_" * c.bytes)]
+
+
 def check(c):
+    if c.fill and (c.prompt or c.prompt_file):
+        raise ConfigError("--fill and --prompt exclude each other; what is known stands in --fill, before and after the holes")
+    if c.steps < 0:
+        raise ConfigError(f"--steps {c.steps} is not a number from 0 up")
     for name in ("bytes", "batch"):
         if getattr(c, name) < 1:
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
@@ -140,10 +173,13 @@ def run(argv):
     dtype, cast = pick_dtype(c.dtype, device)
     model, _ = load(c.ckpt, device)
     model.to(dtype)
+    if isinstance(model, Encoder) != bool(c.fill):
+        raise ConfigError(f"{c.ckpt} is a causal model, which cannot fill holes; leave --fill out" if c.fill else
+                          f"{c.ckpt} is an encoder, which fills holes; give it --fill TEXT with an underscore for each byte")
     prompt = read_prompt(c)
-    if not model.recurrent:
+    if not model.recurrent and not c.fill:
         print(f"attention keeps a cache of its last {model.config.window} positions", file=sys.stderr)
-    tokens = torch.tensor([list(prompt or b"\n")] * c.batch, device=device)
+    tokens = torch.tensor([read_holes(c) if c.fill else list(prompt or b"\n")] * c.batch, device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def law(logits):
@@ -151,6 +187,9 @@ def run(argv):
 
     try:
         with cast:
+            if c.fill:
+                write(unmask(model, tokens, c.steps, law, generator, c.temperature == 0).unbind(1), b"", c)
+                return 0
             step = compile_step(model, tokens[:, :1]) if c.compile else model
             write(generate(model, tokens, c.bytes, law, generator, step), prompt, c)
     except (KeyboardInterrupt, BrokenPipeError) as e:  # Ctrl-C, or a reader such as head that has seen enough

@@ -1,12 +1,13 @@
 """Train a byte language model: python train.py, or -h for the flags.
 
-In order: the flags, where it runs, what the optimizer decays, validation, the run's folder, the loop.
+In order: the flags, where it runs, what is predicted, what the optimizer decays, validation, the run's folder, the loop.
 Every figure is in bits per byte: nats / ln 2.
 """
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.corpus import DataError, compressed_bpb, load_corpus, windows
-from model import LM, CheckpointError, Config, ConfigError, load, save
+from model import CheckpointError, Config, ConfigError, load, make_model, save
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError)  # one line for the user, exit status 2
 
@@ -67,7 +68,7 @@ def run_script(run, argv):
 class RunFlags:
     """What every run has, whatever it trains: also distill.py's."""
     data: str = flag("python", "a file, a folder, or a known corpus: python, shakespeare, enwik8")
-    out: str = flag("", "folder of the run (default: out/LAYER)")
+    out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
     steps: int = flag(1000, "optimizer steps, unless --minutes is given")
     minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
     resume: bool = flag(False, "go on with the run in --out; flags not given are the run's own")
@@ -87,23 +88,32 @@ class RunFlags:
 
 @dataclass
 class Flags(RunFlags):
-    layer: str = flag("mamba2", "the mixer of every layer: mamba, mamba2, s4, s4d or attention")
+    objective: str = flag("next", "next byte; an encoder learns mask (15 % of the bytes, from both sides) or diffusion")
+    layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; of an encoder s4d (default) or attention")
+    block: str = flag("", "of an encoder: gated (default) or stacked")
+    span: int = flag(1, "mask: bytes are masked in runs of so many")
     eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     d_model: int = flag(192, "width")
     n_layer: int = flag(3, "layers")
     d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2, 64 for s4 and s4d")
     head_dim: int = flag(32, "mamba2: channels of a head")
     n_head: int = flag(4, "attention: heads")
-    dropout: float = flag(0.0, "on every layer's output, while training")
+    dropout: float = flag(0.0, "on every layer's output, of an encoder on the embeddings, while training")
+
+    def __post_init__(self):
+        encoder = self.objective != "next"
+        self.layer = self.layer or ("s4d" if encoder else "mamba2")
+        self.block = self.block or ("gated" if encoder else "")
+        self.out = self.out or f"out/{self.objective if encoder else self.layer}"
 
 
-MODEL_FLAGS = ("layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
+MODEL_FLAGS = ("objective", "block", "layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
 D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}
 
 
 def check(c):
     """Values that no later step would refuse with a better message; distill.py has no flags for the model's shape."""
-    for name in ("steps", "batch_size", "accumulate", "seq_len", "d_model", "n_layer"):
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "span", "d_model", "n_layer"):
         if getattr(c, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
     for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed"):
@@ -111,10 +121,23 @@ def check(c):
             raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
     if not 0 <= getattr(c, "dropout", 0) < 1:
         raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
+    objective = getattr(c, "objective", "next")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
+    if objective == "next" and getattr(c, "block", ""):
+        raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
+    if objective != "mask" and getattr(c, "span", 1) > 1:
+        raise ConfigError(f"--span {c.span} is for --objective mask, not for {objective}")
 
 
 def make_config(c):
-    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte."""
+    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
+
+    An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
+    """
+    if c.objective != "next":
+        return Config(layers=(c.layer,) * c.n_layer, block=c.block, d_model=c.d_model, vocab=MASK + 1, expand=3, norm="layer",
+                      norm_eps=1e-12, d_state=c.d_state or 64, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout)
     layer = "attention+mlp" if c.layer == "attention" else c.layer
     return Config(layers=(layer,) * c.n_layer, d_model=c.d_model, d_state=c.d_state or D_STATE.get(c.layer, 16),
                   head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout, tie=False,
@@ -186,6 +209,72 @@ class Stop:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is predicted: an objective turns bytes into tokens to read and targets to predict from them
+#
+# It is a function (before, targets, seed, first) of int64 arrays (b, l): the bytes, the byte before each, and where the
+# draws come from: they are a pure function of the seed and of `first`, the number of windows before these, so that a
+# resumed run and several processes draw the same. A window's loss is the mean over the targets it has.
+
+MASK = 256  # the token that stands for a masked byte
+NO_TARGET = -100
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def next_byte(before, targets, seed, first):
+    """Every byte from those before it."""
+    return before, targets
+
+
+def masked_bytes(before, targets, seed, first, span=1):
+    """15 % of the bytes from both sides (BERT, Devlin et al. 2019): 80 % of them are masked, 10 % replaced by any byte, and
+    10 % stay as they are, so that no byte which the model sees is beyond doubt."""
+    b, l = targets.shape
+    chosen, rng = choose(np.full(b, max(1, round(0.15 * l))), l, seed, first, span)
+    dice = rng.random((b, l))
+    shown = np.where(dice < 0.8, MASK, np.where(dice < 0.9, rng.integers(256, size=(b, l)), targets))
+    return np.where(chosen, shown, targets), np.where(chosen, targets, NO_TARGET)
+
+
+def masked_diffusion(before, targets, seed, first):
+    """k of l bytes from the others, k uniform in 1 .. l: the mean loss bounds that of all bytes in a row.
+
+        -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
+    This is the chain rule, averaged over all orders; with t = k/l it is the diffusion bound, an integral over t weighted
+    1/t (Sahoo et al. 2024), less the noise of how many are masked. Window j takes k from the fraction
+    (j * golden ratio) mod 1: uniform in the long run, and spread out evenly within any few windows.
+    """
+    b, l = targets.shape
+    k = 1 + np.floor(l * (GOLDEN * (first + np.arange(b)) % 1)).astype(np.int64)
+    chosen, _ = choose(k, l, seed, first)
+    return np.where(chosen, MASK, targets), np.where(chosen, targets, NO_TARGET)
+
+
+def choose(k, l, seed, first, span=1):
+    """k (b,) places of each row at random, in runs of span: booleans (b, l), and the generator to go on with."""
+    rng = np.random.default_rng((seed, first, 1))  # windows() has (seed, step), to which a 0 here would be equal
+    run = (rng.integers(span, size=(len(k), 1)) + np.arange(l)) // span  # (b, l), the first run may be cut short
+    order = np.take_along_axis(rng.random((len(k), l // span + 2)), run, 1).argsort(1, kind="stable")
+    return order.argsort(1) < k[:, None], rng
+
+
+OBJECTIVES = {"next": (next_byte, "bits per byte"), "mask": (masked_bytes, "bits per masked byte"),
+              "diffusion": (masked_diffusion, "bits per byte at most")}
+
+
+def make_objective(c):
+    """The function that --objective names, next_byte for a script without that flag."""
+    f, _ = OBJECTIVES[getattr(c, "objective", "next")]
+    return functools.partial(f, span=c.span) if f is masked_bytes else f
+
+
+def surprise(logits, targets):
+    """Mean nats of each row's targets, -log p, float32 or wider: logits (b, l, v), targets (b, l) -> (b,)."""
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=NO_TARGET)
+    return nats.view_as(targets).sum(1) / (targets != NO_TARGET).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
 
@@ -238,8 +327,8 @@ class Interrupted(Exception):
 
 
 @torch.inference_mode()
-def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None):
-    """Bits per byte of data, each byte scored once; a newline stands before the first.
+def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None, objective=next_byte):
+    """(bits per byte of data, share guessed right), each byte scored once; a newline stands before the first.
 
     Not carried: windows of seq_len, each from an empty state, so a byte is predicted from what its window has shown.
     Carried: one stream, the state handed from piece to piece, so from everything before it, in constant memory.
@@ -256,31 +345,36 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
         pieces = [(rows[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
         if whole < len(data):
             pieces.append((read[None, whole:], data[None, whole:]))
-    nats, state = 0.0, None
-    for tokens, targets in tqdm(pieces, desc="validating" + ", carried" * carried, leave=False, disable=None):
+    nats, right, first, state = 0.0, 0.0, 0, None
+    for before, targets in tqdm(pieces, desc="validating" + ", carried" * carried, leave=False, disable=None):
         if stop is not None and stop.signal:
             raise Interrupted
-        tokens, targets = (torch.from_numpy(t.astype(np.int64)).to(device) for t in (tokens, targets))
+        b, l = targets.shape
+        tokens, targets = objective(before.astype(np.int64), targets.astype(np.int64), 0, first)
+        tokens, targets, first = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), first + b
         with cast:
             logits, state = model(tokens, state if carried else None)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        nats += l * surprise(logits, targets).sum().item()
+        right += l * ((logits.argmax(-1) == targets).sum(1) / (targets != NO_TARGET).sum(1)).sum().item()
     model.train()
-    return nats / math.log(2) / len(data)
+    return nats / math.log(2) / len(data), right / len(data)
 
 
 def validate(model, val, c, cast, stop=None):
-    """{"val_bpb": ..., "val_bpb_carried": ... or None}; attention has no state to carry for ever."""
-    return {"val_bpb": evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop),
-            "val_bpb_carried": evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop) if model.recurrent else None}
+    """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever."""
+    bpb, accuracy = evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop, objective=make_objective(c))
+    carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] if model.recurrent else None
+    return {"val_bpb": bpb, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
-def report(result, val, seq_len):
+def report(result, val, c):
     """The figures on the screen, beside what compressors need for the same bytes."""
-    print(f"validation  {result['val_bpb']:.4f} bits per byte, windows of {seq_len}")
+    objective = getattr(c, "objective", "next")
+    print(f"validation  {result['val_bpb']:.4f} {OBJECTIVES[objective][1]}, windows of {c.seq_len}; "
+          f"{result['val_accuracy']:.1%} guessed right")
     if result["val_bpb_carried"] is not None:
         print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
-    if len(val) <= 20_000_000:  # xz would take minutes
+    if objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
         print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
     sys.stdout.flush()
 
@@ -304,15 +398,16 @@ def open_run(c, given, fixed):
         raise CheckpointError(f"{last} holds a model but no run to resume")
     if foreign := extra["flags"].keys() - vars(c).keys():
         raise CheckpointError(f"{last} is another script's run: it has the flag --{min(foreign)}")
+    saved = type(c)(**extra["flags"])
     for name in fixed:
-        if name in given and given[name] != extra["flags"][name]:
-            raise ConfigError(f"--resume: the run in {folder} has --{name} {extra['flags'][name]}, not {given[name]}; "
+        if name in given and given[name] != getattr(saved, name):
+            raise ConfigError(f"--resume: the run in {folder} has --{name} {getattr(saved, name)}, not {given[name]}; "
                               "leave the flag out or choose another --out")
-    changed = [f"--{n} {v} (was {extra['flags'][n]})" for n, v in given.items()
-               if n not in ("resume", "out") and extra["flags"].get(n, v) != v]
+    changed = [f"--{n} {v} (was {getattr(saved, n)})" for n, v in given.items()
+               if n not in ("resume", "out") and getattr(saved, n) != v]
     if set(given) & {"steps", "minutes"} == {"steps"}:
         given = {**given, "minutes": 0.0}
-    c = dataclasses.replace(type(c)(**extra["flags"]), **given)
+    c = dataclasses.replace(saved, **given)
     print(f"resuming {last} at step {extra['step']}" + (", with " + ", ".join(changed) if changed else ""))
     return c, (model, extra)
 
@@ -336,15 +431,20 @@ def open_log(folder, step):
 SAVE_SECONDS = 60  # a crash loses at most this much training
 
 
-def next_byte_loss(model, windows):
-    """Mean nats of every byte but the first, given those before it in its window; windows (b, l + 1)."""
-    logits, _ = model(windows[:, :-1])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+def prediction_loss(model, tokens, targets):
+    """Mean nats of the targets (b, l), given the tokens (b, l)."""
+    return surprise(model(tokens)[0], targets).mean()
+
+
+def draw_batch(c, data, step):
+    """The tokens and targets of a step, for all processes: (b, 2, seq_len)."""
+    batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, step)
+    tokens, targets = make_objective(c)(batch[:, :-1], batch[:, 1:], c.seed, step * c.batch_size)
+    return torch.from_numpy(np.stack([tokens, targets], axis=1))
 
 
 def train_step(model, optimizer, batch, c, cast, lr, loss_of):
-    """One step on this process's windows, (b, seq_len + 1): the mean of loss_of(model, windows) in nats, a tensor."""
+    """One step on this process's part of a batch, (b, 2, seq_len): loss_of(model, tokens, targets) in nats, a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
     total = 0.0
@@ -353,7 +453,7 @@ def train_step(model, optimizer, batch, c, cast, lr, loss_of):
         last = i == len(parts) - 1  # gradients are averaged over processes once a step, with the last part
         with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             with cast:
-                loss = loss_of(model, part) * (len(part) / len(batch))
+                loss = loss_of(model, *part.unbind(1)) * (len(part) / len(batch))
             loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -367,7 +467,7 @@ class Run:
     """What a run carries from step to step, and how it is kept."""
     c: Flags
     folder: Path
-    model: LM
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     cast: contextlib.AbstractContextManager
     val: np.ndarray
@@ -397,7 +497,7 @@ class Run:
 
     def record(self, **figures):
         """One line of log.jsonl."""
-        keys = ("train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second")
+        keys = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
         self.log.write(json.dumps({"step": self.step, "bytes": self.step * self.c.batch_size * self.c.seq_len,
                                    "seconds": round(self.seconds, 3), **{k: figures.get(k) for k in keys}}) + "\n")
 
@@ -416,14 +516,13 @@ class Run:
 
 def run(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
-    c.out = c.out or f"out/{c.layer}"
     if c.eval_only:
         return eval_only(c, given)
     c, resumed = open_run(c, given, MODEL_FLAGS)
     check(c)
     torch.manual_seed(c.seed)
-    model, extra = resumed or (LM(make_config(c)), {})
-    return fit(c, join_processes(pick_device(c.device)), model, extra, load_corpus(c.data), next_byte_loss, "train.py")
+    model, extra = resumed or (make_model(make_config(c)), {})
+    return fit(c, join_processes(pick_device(c.device)), model, extra, load_corpus(c.data), prediction_loss, "train.py")
 
 
 def fit(c, where, model, extra, corpus, loss_of, script):
@@ -459,8 +558,9 @@ def fit(c, where, model, extra, corpus, loss_of, script):
     try:
         train(r, fast, corpus.train, loss_of, rank, world, device, stop)
         if rank == 0:
-            report(r.validate(stop), corpus.val, c.seq_len)
-            print(f"saved       {r.folder}/best.pt; let it write: python sample.py --ckpt {r.folder}")
+            report(r.validate(stop), corpus.val, c)
+            fill = ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
+            print(f"saved       {r.folder}/best.pt; let it write: python sample.py --ckpt {r.folder}{fill}")
     except Interrupted:
         if rank == 0:
             r.save("last.pt")
@@ -483,7 +583,7 @@ def train(r, model, data, loss_of, rank, world, device, stop):
             if stopped or (world == 1 and stop.signal):
                 raise Interrupted
             began, r.lr = time.perf_counter(), learning_rate(c, r.step, r.progress)
-            batch = torch.from_numpy(windows(data, c.seq_len + 1, c.batch_size, c.seed, r.step))
+            batch = draw_batch(c, data, r.step)
             loss = train_step(model, r.optimizer, batch.chunk(world)[rank].to(device), c, r.cast, r.lr, loss_of)
             if world > 1:
                 dist.all_reduce(loss)
@@ -523,7 +623,7 @@ def eval_only(c, given):
     dtype, cast = pick_dtype(c.dtype, device)
     corpus = load_corpus(c.data)
     print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
-    report(validate(model.to(device, dtype), corpus.val, c, cast), corpus.val, c.seq_len)
+    report(validate(model.to(device, dtype), corpus.val, c, cast), corpus.val, c)
     return 0
 
 
