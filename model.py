@@ -546,25 +546,25 @@ class Encoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.embedding = nn.Embedding(c.vocab, c.d_model)
-        self.position = nn.Embedding(c.n_position, c.d_model) if c.n_position else None
-        self.type = nn.Embedding(c.n_type, c.d_model) if c.n_type else None
+        self.position_table = nn.Embedding(c.n_position, c.d_model) if c.n_position else None
+        self.type_table = nn.Embedding(c.n_type, c.d_model) if c.n_type else None
         self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in c.layers)
         self.head, self.head_norm = nn.Linear(c.d_model, c.d_model), make_norm(c)
         self.lm_head = nn.Linear(c.d_model, c.vocab)
         self.lm_head.weight = self.embedding.weight
-        for table in filter(None, (self.embedding, self.position, self.type)):
+        for table in filter(None, (self.embedding, self.position_table, self.type_table)):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, tokens, real=None, types=None):
         x = self.embedding(tokens)
-        if self.position is not None:
+        if self.position_table is not None:
             if tokens.shape[1] > self.config.n_position:
                 raise ValueError(f"{tokens.shape[1]} tokens, but the table of positions has {self.config.n_position}")
-            x = x + self.position.weight[:tokens.shape[1]]
-        if self.type is not None:
-            x = x + self.type(torch.zeros_like(tokens) if types is None else types)
+            x = x + self.position_table.weight[:tokens.shape[1]]
+        if self.type_table is not None:
+            x = x + self.type_table(torch.zeros_like(tokens) if types is None else types)
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = layer(x, real)

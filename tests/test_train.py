@@ -23,7 +23,7 @@ from train import Flags, evaluate, learning_rate, make_optimizer, parameter_grou
 ROOT = Path(train.__file__).parent
 TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
         "--device cpu").split()
-KEYS = ["step", "bytes", "seconds", "train_bpb", "val_bpb", "val_bpb_carried", "lr", "bytes_per_second"]
+KEYS = ["step", "bytes", "seconds", "train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second"]
 LAYERS = ["mamba", "mamba2", "s4", "s4d", "attention"]
 F64 = torch.float64
 
@@ -176,7 +176,7 @@ def test_validation_scores_each_byte_once_in_windows(layer, size, seq_len):
     model, data = random_model(layer), np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     want = direct_bpb(model, data, lambda i: i // seq_len * seq_len)
     for batch in (1, 2, 3, 100):
-        assert evaluate(model, data, seq_len, batch) == pytest.approx(want, rel=1e-10)
+        assert evaluate(model, data, seq_len, batch)[0] == pytest.approx(want, rel=1e-10)
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4", "s4d", "attention+mlp"])
@@ -185,7 +185,7 @@ def test_carried_validation_is_one_pass_over_the_whole(layer):
     model, data = random_model(layer), np.random.default_rng(0).integers(0, 256, 41, dtype=np.uint8)
     want = direct_bpb(model, data, lambda i: 0)
     for seq_len, batch in ((1, 1), (2, 3), (8, 1), (7, 4), (41, 1), (1000, 2)):
-        assert evaluate(model, data, seq_len, batch, carried=True) == pytest.approx(want, rel=1e-10)
+        assert evaluate(model, data, seq_len, batch, carried=True)[0] == pytest.approx(want, rel=1e-10)
 
 
 def test_validation_runs_without_dropout_and_leaves_the_random_state_alone():
@@ -213,7 +213,7 @@ def test_a_run_logs_every_step_and_ends_with_a_validation(layer, corpus, tmp_pat
     model, extra = load(tmp_path / "run")
     assert extra["step"] == 4 and extra["flags"]["layer"] == layer
     val = np.fromfile(corpus, np.uint8)[900:]
-    assert evaluate(model, val, 16, 4) == pytest.approx(log[4]["val_bpb"], rel=1e-6)
+    assert evaluate(model, val, 16, 4) == pytest.approx((log[4]["val_bpb"], log[4]["val_accuracy"]), rel=1e-6)
     out = capsys.readouterr().out
     for part in ("900 bytes to train on, 100 to validate", "decayed", "not decayed", "cpu, float32", "ln 256 = 5.545",
                  f"{log[4]['val_bpb']:.4f}", "gzip -9", "python sample.py --ckpt"):
@@ -237,7 +237,7 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(corpus, tm
 def test_best_is_kept_and_last_goes_on(corpus, tmp_path, monkeypatch):
     """Validation figures that fall and rise again: best.pt is the lowest, also across a resume."""
     figures = iter([5.0, 4.0, 4.5])
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None})
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
     go(corpus, tmp_path / "run", "--steps", 6, "--eval_every", 2)
     assert load(tmp_path / "run" / "best.pt")[1]["step"] == 4 and load(tmp_path / "run" / "last.pt")[1]["step"] == 6
     figures = iter([4.2])
@@ -248,7 +248,7 @@ def test_best_is_kept_and_last_goes_on(corpus, tmp_path, monkeypatch):
 def test_a_resume_right_after_the_best_validation_still_knows_it(corpus, tmp_path, monkeypatch):
     """The checkpoint written at a validation holds its figure, so a worse one later does not replace best.pt."""
     figures = iter([4.0])
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None})
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
     go(corpus, tmp_path / "run")
     figures = iter([4.5])
     go(corpus, tmp_path / "run", "--steps", 6, "--resume")
@@ -304,7 +304,7 @@ def test_eval_only_keeps_the_dtype_of_the_run(corpus, tmp_path, monkeypatch):
     go(corpus, tmp_path / "run", "--dtype", "float64")
     seen = []
     monkeypatch.setattr(train, "validate", lambda model, *args: seen.append(next(model.parameters()).dtype) or
-                        {"val_bpb": 1.0, "val_bpb_carried": None})
+                        {"val_bpb": 1.0, "val_bpb_carried": None, "val_accuracy": 0.5})
     assert train.main(["--out", str(tmp_path / "run"), "--eval_only"]) == 0
     assert seen == [F64]
 
@@ -410,7 +410,7 @@ def test_a_checkpoint_that_is_called_good_is_good(corpus, tmp_path, capsys):
     flags = argv(corpus, tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--eval_every", 1)
     refused(capsys, flags, "loss is")
     if (tmp_path / "run" / "last.pt").exists():
-        assert math.isfinite(evaluate(load(tmp_path / "run" / "last.pt")[0], np.fromfile(corpus, np.uint8), 16, 4))
+        assert math.isfinite(evaluate(load(tmp_path / "run" / "last.pt")[0], np.fromfile(corpus, np.uint8), 16, 4)[0])
 
 
 def test_a_run_that_ends_in_ruins_says_so(corpus, tmp_path, capsys):
