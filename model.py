@@ -492,7 +492,7 @@ class BidirectionalAttention(Attention):
 
     def forward(self, h, real=None):
         q, k, v = (proj(h).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, 0, self.base), rotate(k, 0, self.base)
+        q, k = rotate(q, 0, *self.rope), rotate(k, 0, *self.rope)
         mask = None if real is None else real[:, None, None]
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -291,7 +291,7 @@ def test_a_block_spelt_out(block, layer):
 def test_attention_is_a_softmax_over_everything():
     mixer, h = make("stacked", "attention", n_head=1, n_kv_head=1).layers[0].mixer, torch.randn(2, 5, 12, dtype=F64)
     from model import rotate
-    q, k = (rotate(p(h)[:, :, None], 0, mixer.base)[:, :, 0] for p in (mixer.q_proj, mixer.k_proj))
+    q, k = (rotate(p(h)[:, :, None], 0, *mixer.rope)[:, :, 0] for p in (mixer.q_proj, mixer.k_proj))
     close(mixer(h), mixer.o_proj(torch.softmax(q @ k.mT / math.sqrt(12), -1) @ mixer.v_proj(h)))
 
 
