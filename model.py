@@ -444,23 +444,23 @@ class LM(nn.Module):
 class SharedS4D(nn.Module):
     """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022, section 3; x (b, l, d)).
 
-    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_re, -1e-4) + i A_im,   dt = exp(log_step), B = 1.
+    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,   dt = exp(log_dt), B = 1.
     The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each conjugate pair, so nothing is doubled.
     """
 
     def __init__(self, c):
         super().__init__()
         A = dplr_legs(c.d_state)[0]
-        self.A_re = nn.Parameter(A.real.float())
-        self.A_im = nn.Parameter(A.imag.float())
+        self.A_real = nn.Parameter(A.real.float())
+        self.A_imag = nn.Parameter(A.imag.float())
         self.C = nn.Parameter(torch.randn(c.d_state, 2) / math.sqrt(2))  # real and imaginary part
         self.D = nn.Parameter(torch.ones(1))
-        self.log_step = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt log-uniform in [0.01, 1]
+        self.log_dt = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt log-uniform in [0.01, 1]
 
     def forward(self, x):
-        A = torch.complex(self.A_re.clamp(max=-1e-4), self.A_im)
+        A = torch.complex(self.A_real.clamp(max=-1e-4), self.A_imag)
         C = torch.complex(self.C[:, 0], self.C[:, 1])
-        K = s4d_kernel(self.log_step.exp(), A[None], torch.ones_like(A)[None], C[None], x.shape[1])  # (1, l)
+        K = s4d_kernel(self.log_dt.exp(), A[None], 1.0, C[None], x.shape[1])  # (1, l)
         return fft_conv(x, K, self.D)
 
 

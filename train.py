@@ -278,7 +278,7 @@ def surprise(logits, targets):
 # The optimizer
 
 
-SLOW = {"log_dt", "log_A_real", "A_imag", "P", "B"}  # what makes the memory of S4 and S4D; Mamba's A_log is not slow
+SLOW = {"log_dt", "log_A_real", "A_real", "A_imag", "P", "B"}  # the memory of S4, S4D, BiGS; Mamba's A_log is not slow
 SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rate; S4 trains with 0.01 and these with 0.001
 
 

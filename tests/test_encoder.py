@@ -28,7 +28,7 @@ def make(block, layer, **sizes):
     model = Encoder(config(block, layer, **sizes)).double().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p += -2.0 if "log_step" in name else 0.3 * torch.randn_like(p)
+            p += -2.0 if "log_dt" in name else 0.3 * torch.randn_like(p)
     return model
 
 
@@ -63,10 +63,10 @@ def test_a_bigs_layer_gives_the_reference_layers_numbers(gelu, ends, total):
         layer.norm.bias.copy_(0.2 * fill(21, 4))
         for ssm, D, dt, seed in ((mixer.fs4, 1.0, 0.1, 30), (mixer.bs4, 0.5, 0.2, 40)):
             ssm.D.fill_(D)
-            ssm.log_step.fill_(math.log(dt))
+            ssm.log_dt.fill_(math.log(dt))
             ssm.C.copy_(fill(seed, 2, 2))
-            ssm.A_re.fill_(-0.5)
-            ssm.A_im.copy_(torch.tensor([0, math.pi], dtype=F64))
+            ssm.A_real.fill_(-0.5)
+            ssm.A_imag.copy_(torch.tensor([0, math.pi], dtype=F64))
         y = layer(2 * fill(50, 1, 5, 4))
     close(y[0, 0], torch.tensor(ends[0], dtype=F64))
     close(y[0, 4], torch.tensor(ends[1], dtype=F64))
@@ -110,10 +110,10 @@ def test_the_kernel_is_not_doubled():
     are single modes of whole pairs, and taking twice the real part would double everything but D."""
     layer, e, j = ssm(2), math.exp(-0.5), torch.arange(6, dtype=F64)
     with torch.no_grad():
-        layer.A_re.fill_(-0.5)
-        layer.A_im.copy_(torch.tensor([0, math.pi], dtype=F64))
+        layer.A_real.fill_(-0.5)
+        layer.A_imag.copy_(torch.tensor([0, math.pi], dtype=F64))
         layer.C.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-        layer.log_step.fill_(0)
+        layer.log_dt.fill_(0)
         layer.D.fill_(0)
         push = torch.zeros(1, 6, 1, dtype=F64)
         push[0, 0] = 1
@@ -126,8 +126,8 @@ def test_the_kernel_is_not_doubled():
 def test_the_convolution_is_the_recurrence(l):
     """h_t = Abar h_{t-1} + Bbar x_t under zero-order hold, y = Re(C h) + D x, in every channel the same."""
     layer, x = ssm(), torch.randn(2, l, 5, dtype=F64)
-    A = torch.complex(layer.A_re.clamp(max=-1e-4), layer.A_im)
-    Abar, Bbar = discretize(layer.log_step.exp(), A, torch.ones_like(A), "zoh")
+    A = torch.complex(layer.A_real.clamp(max=-1e-4), layer.A_imag)
+    Abar, Bbar = discretize(layer.log_dt.exp(), A, 1.0, "zoh")
     h = scan(Abar.expand(2, l, 5, -1), Bbar * x[..., None], impl="naive")
     close(layer(x), (h @ torch.complex(layer.C[:, 0], layer.C[:, 1])).real + layer.D * x)
 
@@ -136,7 +136,7 @@ def test_a_mode_never_grows():
     """Real parts above -1e-4 count as -1e-4, so a pulse dies out."""
     layer = ssm()
     with torch.no_grad():
-        layer.A_re.fill_(0.5)
+        layer.A_real.fill_(0.5)
         kernel = layer(torch.ones(1, 1, 1, dtype=F64).expand(1, 2000, 1))
     assert kernel.isfinite().all() and kernel.abs().max() < 1e3
 
@@ -144,11 +144,11 @@ def test_a_mode_never_grows():
 def test_the_ssm_begins_as_published():
     """Both of each pair of LegS's eigenvalues, |C|^2 about 1, D = 1, dt in [0.01, 1]."""
     layer = SharedS4D(config(d_state=64))
-    close(layer.A_re, torch.full((64,), -0.5))
-    close(layer.A_im, -layer.A_im.flip(0), tol=1e-4)
-    assert layer.A_im.max().item() == pytest.approx(1303.2738429812, rel=1e-6)
+    close(layer.A_real, torch.full((64,), -0.5))
+    close(layer.A_imag, -layer.A_imag.flip(0), tol=1e-4)
+    assert layer.A_imag.max().item() == pytest.approx(1303.2738429812, rel=1e-6)
     assert layer.C.square().sum(1).mean().item() == pytest.approx(1, abs=0.5) and layer.D.item() == 1
-    steps = torch.cat([SharedS4D(config()).log_step.exp() for _ in range(100)])
+    steps = torch.cat([SharedS4D(config()).log_dt.exp() for _ in range(100)])
     assert 0.01 <= steps.min() and steps.max() <= 1 and steps.median() < 0.3  # uniform in the logarithm
 
 
