@@ -4,6 +4,7 @@ A state-space model keeps a state of constant size, so it writes for ever in con
 its last window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
 """
 import codecs
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the
 
 @dataclass
 class Flags:
-    ckpt: str = flag("out/mamba2", "a checkpoint, or a run's folder")
+    ckpt: str = flag("out/mamba2", "a checkpoint: a run's folder, or a published one's; models of tokens take and give ids")
     prompt: str = flag("", "text to go on from; empty begins as after a newline")
     prompt_file: str = flag("", "the same from a file, any bytes; - is standard input")
     bytes: int = flag(500, "how many to write")
@@ -30,6 +31,7 @@ class Flags:
     seed: int = flag(1, "the same seed writes the same bytes")
     batch: int = flag(1, "how many texts; more than one are printed when all are done")
     raw: bool = flag(False, "write the exact bytes; without it what is not UTF-8 is shown as U+FFFD")
+    crlf: bool = flag(False, "lines end in CR LF inside the model, in LF outside: for the PG19 models of MambaByte")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
     compile: bool = flag(False, "torch.compile the step: up to a minute to start, then two to three times the speed")
@@ -150,6 +152,26 @@ def read_holes(c):
     return [MASK if byte == ord("_") else byte for byte in (text if b"_" in text else text + b"_" * c.bytes)]
 
 
+def encode(prompt, vocab, crlf):
+    """What the model reads: the prompt's bytes, or where it knows more symbols than bytes, the ids that stand in it."""
+    if vocab <= 256:
+        return list((prompt or b"\n").replace(b"\n", b"\r\n" if crlf else b"\n"))
+    try:
+        ids = [int(word) for word in prompt.split()]
+    except ValueError:
+        ids = []
+    if not ids or not 0 <= min(ids) <= max(ids) < vocab:
+        raise ConfigError(f"the model reads tokens, not bytes: --prompt takes their ids, from 0 to {vocab - 1}, and spaces")
+    return ids
+
+
+def decode(tokens, vocab, crlf):
+    """What the reader sees of tokens: encode's opposite."""
+    if vocab > 256:
+        return b"".join(b" %d" % token for token in tokens)
+    return bytes(tokens).replace(b"\r", b"") if crlf else bytes(tokens)
+
+
 def check(c):
     if c.fill and (c.prompt or c.prompt_file):
         raise ConfigError("--fill and --prompt exclude each other; what is known stands in --fill, before and after the holes")
@@ -178,8 +200,9 @@ def run(argv):
                           f"{c.ckpt} is an encoder, which fills holes; give it --fill TEXT with an underscore for each byte")
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
-        print(f"attention keeps a cache of its last {model.config.window} positions", file=sys.stderr)
-    tokens = torch.tensor([read_holes(c) if c.fill else list(prompt or b"\n")] * c.batch, device=device)
+        print(f"attention keeps a cache of {f'its last {model.config.window}' if model.config.window else 'all'} positions",
+              file=sys.stderr)
+    tokens = torch.tensor([read_holes(c) if c.fill else encode(prompt, model.config.vocab, c.crlf)] * c.batch, device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def law(logits):
@@ -191,26 +214,27 @@ def run(argv):
                 write(unmask(model, tokens, c.steps, law, generator, c.temperature == 0).unbind(1), b"", c)
                 return 0
             step = compile_step(model, tokens[:, :1]) if c.compile else model
-            write(generate(model, tokens, c.bytes, law, generator, step), prompt, c)
+            write(generate(model, tokens, c.bytes, law, generator, step), prompt, c,
+                  functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf))
     except (KeyboardInterrupt, BrokenPipeError) as e:  # Ctrl-C, or a reader such as head that has seen enough
         sys.stdout = None if isinstance(e, BrokenPipeError) else sys.stdout  # nothing is left to flush it into
         return 130
     return 0
 
 
-def write(stream, prompt, c):
+def write(stream, prompt, c, show=bytes):
     """One text as it comes; several one after the other when all are done."""
     out, end = sys.stdout.buffer, b"" if c.raw else b"\n"
     if c.batch == 1:
         writer = Writer(out, c.raw)
         writer.write(prompt)
         for token in stream:
-            writer.write(bytes(token.tolist()))
+            writer.write(show(token.tolist()))
         return writer.write(end, final=True)
     texts = torch.stack([token.cpu() for token in tqdm(stream, total=c.bytes, disable=None)], dim=1)
     for i, text in enumerate(texts.tolist()):
         heading = b"" if c.raw else f"--- {i + 1} of {c.batch}\n".encode()
-        Writer(out, c.raw).write(heading + prompt + bytes(text) + end, final=True)
+        Writer(out, c.raw).write(heading + prompt + show(text) + end, final=True)
 
 
 def main(argv=None):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.corpus import DataError, compressed_bpb, load_corpus, windows
+from data.noise import corrupt
 from model import CheckpointError, Config, ConfigError, load, make_model, save
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError)  # one line for the user, exit status 2
@@ -92,7 +93,9 @@ class Flags(RunFlags):
     layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; of an encoder s4d (default) or attention")
     block: str = flag("", "of an encoder: gated (default) or stacked")
     span: int = flag(1, "mask: bytes are masked in runs of so many")
-    eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
+    eval_only: bool = flag(False, "validate the checkpoint in --out, a run's or a published one, and stop")
+    noise: str = flag("", "with --eval_only, on the text: drop:P, repeat:P, swap:P, upper, random_case or antspeak")
+    init: str = flag("", "begin with the weights of this checkpoint, a run's or a published one, whose sizes then hold")
     d_model: int = flag(192, "width")
     n_layer: int = flag(3, "layers")
     d_state: int = flag(0, "state size n; 0 is 16 for mamba, 32 for mamba2, 64 for s4 and s4d")
@@ -128,6 +131,23 @@ def check(c):
         raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
     if objective != "mask" and getattr(c, "span", 1) > 1:
         raise ConfigError(f"--span {c.span} is for --objective mask, not for {objective}")
+
+
+def reads_bytes(path, model, c):
+    """ConfigError unless the checkpoint's model is one of bytes, and of the kind that --objective trains."""
+    if model.config.vocab > MASK + 1:
+        raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; only models of bytes are trained here")
+    if bool(model.config.block) != (c.objective != "next"):
+        raise ConfigError(f"{path} is {'an encoder' if model.config.block else 'causal'}; --objective {c.objective} is not for it")
+
+
+def start_from(c, given):
+    """The model of --init, to be trained further: the flags of its sizes are not ours to choose."""
+    if wrong := [name for name in (*MODEL_FLAGS, "dropout") if name in given and name != "objective"]:
+        raise ConfigError(f"--{wrong[0]} is fixed by the checkpoint of --init; leave it out")
+    model = load(c.init)[0]
+    reads_bytes(c.init, model, c)
+    return model
 
 
 def make_config(c):
@@ -360,6 +380,43 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
     return nats / math.log(2) / len(data), right / len(data)
 
 
+@torch.inference_mode()
+def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcontext()):
+    """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
+
+    The mean over windows is the loss by position; with stride = length / 2 the second halves, and all of the first window,
+    are what MambaByte reports: no byte is scored with less than half a window before it, and none twice.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
+    starts, rows = np.arange(0, len(data) - length + 1, stride), []
+    for part in tqdm(range(0, len(starts), batch_size), desc="sliding", leave=False, disable=None):
+        index = starts[part:part + batch_size, None] + np.arange(length)
+        tokens, targets = (torch.from_numpy(t[index].astype(np.int64)).to(device) for t in (read, data))
+        with cast:
+            logits, _ = model(tokens)
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        rows.append(F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).cpu())
+    return torch.cat(rows) if rows else torch.empty(0, length)
+
+
+def sliding_bpb(nats, stride):
+    """Bits per byte of window_nats, each byte in the first window that reads it within its last `stride` bytes."""
+    return torch.cat([nats[0], nats[1:, -stride:].flatten()]).mean().item() / math.log(2)
+
+
+def by_position(nats, parts=7):
+    """[(from, to, bits per byte)]: the windows in parts that double, so that the first is 1/64 of the length."""
+    cuts = [0, *(nats.shape[1] >> i for i in reversed(range(parts)))]
+    return [(a, b, nats[:, a:b].mean().item() / math.log(2)) for a, b in zip(cuts, cuts[1:]) if a < b]
+
+
+def word_perplexity(bits, text):
+    """2^(bits / words): what a model over words would have to reach; words of `text` are what white space separates."""
+    return 2 ** min(bits / max(len(bytes(text).split()), 1), 1000)
+
+
 def validate(model, val, c, cast, stop=None):
     """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever."""
     bpb, accuracy = evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop, objective=make_objective(c))
@@ -521,7 +578,7 @@ def run(argv):
     c, resumed = open_run(c, given, MODEL_FLAGS)
     check(c)
     torch.manual_seed(c.seed)
-    model, extra = resumed or (make_model(make_config(c)), {})
+    model, extra = resumed or (start_from(c, given) if c.init else make_model(make_config(c)), {})
     return fit(c, join_processes(pick_device(c.device)), model, extra, load_corpus(c.data), prediction_loss, "train.py")
 
 
@@ -614,7 +671,7 @@ def train(r, model, data, loss_of, rank, world, device, stop):
 
 
 def eval_only(c, given):
-    """Validate what --out holds, on its own corpus and windows unless flags say otherwise."""
+    """Validate what --out holds, a run or a published checkpoint, on its own corpus and windows unless flags say otherwise."""
     check(c)
     model, extra = load(c.out)
     known = {n: v for n, v in extra.get("flags", {}).items() if n in vars(c)}  # a run of distill.py has others too
@@ -622,8 +679,17 @@ def eval_only(c, given):
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
     corpus = load_corpus(c.data)
-    print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.val):,} bytes of {corpus.name}")
-    report(validate(model.to(device, dtype), corpus.val, c, cast), corpus.val, c)
+    reads_bytes(c.out, model, c)
+    val = corrupt(corpus.val, c.noise)
+    print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(val):,} bytes of {corpus.name}"
+          + f", {c.noise}" * bool(c.noise))
+    report(validate(model.to(device, dtype), val, c, cast), val, c)
+    if c.objective == "next" and len(val) >= c.seq_len > 1:
+        nats = window_nats(model, val, c.seq_len, c.seq_len // 2, c.batch_size, cast)
+        bpb = sliding_bpb(nats, c.seq_len // 2)
+        print(f"            {bpb:.4f} in windows that overlap by half, second halves scored; perplexity of a word "
+              f"{word_perplexity(bpb * len(val), corpus.val):,.2f}")
+        print("by position " + ", ".join(f"{a:,} to {b:,}: {bpb:.3f}" for a, b, bpb in by_position(nats)))
     return 0
 
 

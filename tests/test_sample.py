@@ -8,7 +8,7 @@ import torch
 
 import sample
 from model import LM, Config, save
-from sample import Writer, filter_logits, generate, prefill
+from sample import Writer, decode, encode, filter_logits, generate, main, prefill
 
 F64 = torch.float64
 SIZES = dict(d_model=16, d_state=5, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
@@ -363,3 +363,35 @@ def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
 def test_cuda_where_there_is_none(runs, capsys):
     refused(capsys, ["--ckpt", runs / "mamba", "--device", "cuda"], "--device cuda", "--device cpu")
+
+
+# Published checkpoints
+
+
+def published(folder, vocab):
+    torch.manual_seed(0)
+    save(folder, LM(Config(("mamba",), d_model=16, vocab=vocab, norm="layer", tie=False)), "state-spaces")
+    return str(folder)
+
+
+def test_crlf_is_the_models_affair(tmp_path, capsysbinary):
+    """PG19's byte models learned lines that end in CR LF; prompt and text have plain LF."""
+    ckpt = published(tmp_path, 256)
+    assert encode(b"a\nb", 256, True) == list(b"a\r\nb") and encode(b"", 256, True) == list(b"\r\n")
+    assert decode(list(b"a\r\nb"), 256, True) == b"a\nb" and decode(list(b"a\r\n"), 256, False) == b"a\r\n"
+    assert main(["--ckpt", ckpt, "--prompt", "a\n", "--bytes", "1500", "--temperature", "9", "--raw", "--crlf"]) == 0
+    text = capsysbinary.readouterr().out
+    assert text.startswith(b"a\n") and b"\r" not in text and len(text) < 1502
+
+
+def test_models_of_tokens_take_and_give_ids(tmp_path, capsys):
+    """state-spaces' models read GPT-NeoX's tokens, which are not ours to make."""
+    ckpt = published(tmp_path, 300)
+    assert main(["--ckpt", ckpt, "--prompt", "299 7", "--bytes", "5"]) == 0
+    assert capsys.readouterr().out.startswith("299 7 ")
+    assert main(["--ckpt", ckpt, "--prompt", "0", "--bytes", "5", "--batch", "2"]) == 0
+    ids = [int(i) for i in capsys.readouterr().out.split() if i.isdigit()]
+    assert len(ids) == 2 * 6 + 4 and max(ids) < 300
+    for prompt in ("", "text", "300", "-1"):
+        assert main(["--ckpt", ckpt, "--prompt", prompt]) == 2
+        assert "takes their ids, from 0 to 299" in capsys.readouterr().err
