@@ -2,7 +2,7 @@
 
 Read it top to bottom. Section 1 turns a differential equation into a recurrence; section 2 solves the recurrence by
 a loop, by a tree and in chunks; section 3 is S4, where it is a convolution; section 4 is the selective scan of Mamba,
-section 5 the matrix form of Mamba-2.
+section 5 the matrix form of Mamba-2, section 6 the selective scan as it runs fast on a GPU.
 Every fast path computes what the naive one defines, and tests/ hold it to that, values and gradients.
 
 Glossary. Capitals are the papers' state-space quantities, lower-case letters sizes of axes, words everything else.
@@ -28,6 +28,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # everything but section 6 runs without
+    triton, no_triton = None, str(error)
+
+    class tl:  # all that the definitions there ask for
+        constexpr = int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
@@ -92,22 +101,27 @@ def scan(a, b, h0=None, impl="auto"):
     """h_t = a_t h_{t-1} + b_t along axis 1, for any length >= 1, real or complex; h0 stands before the first step.
 
     a broadcasts to b (b, l, ...); h0 (b, ...) has b's shape without axis 1; h (b, l, ...) is float32 or wider.
-    impl: naive, parallel, chunked, or auto, which takes chunked: it is the fastest on a CPU and needs few launches on a GPU.
+    impl: naive, parallel, chunked, triton (real numbers, section 6), or auto: triton on a CUDA GPU, else chunked.
     """
     a, b, h0 = _wide(a, b, h0)
     if b.shape[1] == 0:
         raise ValueError(f"scan needs at least one step; b has shape {tuple(b.shape)}")
     if h0 is None:
         h0 = torch.zeros_like(b[:, 0])
-    return _pick(impl, SCANS, "chunked")(a.expand_as(b), b, h0)
+    path = _scan_triton if _takes_triton(impl, b) else _pick(impl, SCANS, "chunked")
+    return path(a.expand_as(b), b, h0)
+
+
+def _wide_dtype(*tensors):
+    """The dtype that holds them all and is at least float32; None is no tensor."""
+    return functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None}, torch.float32)
 
 
 def _wide(*tensors):
     """All tensors (None stays None) in the one dtype that holds them all and is at least float32."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if dtypes == {torch.float32}:
+    dtype = _wide_dtype(*tensors)
+    if all(t is None or t.dtype == dtype for t in tensors):
         return tensors
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
@@ -121,8 +135,16 @@ def _pick(impl, table, auto):
     """The function that impl names."""
     name = auto if impl == "auto" else impl
     if name not in table:
-        raise ValueError(f'impl "{impl}" is not one of {", ".join(table)}, auto')
+        names = [*table, "auto"] if table is SSDS else [*table, "triton", "auto"]
+        raise ValueError(f'impl "{impl}" is not one of {", ".join(names)}')
     return table[name]
+
+
+def _takes_triton(impl, x):
+    """Whether the kernels of section 6 run: asked for by name, or by auto on a GPU that Triton compiles for."""
+    if impl != "auto" or triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
+        return impl == "triton"
+    return torch.cuda.get_device_properties(x.device).major >= 8
 
 
 def _scan_naive(a, b, h):
@@ -154,17 +176,17 @@ def _associative(a, b):
     return h if l % 2 == 0 else torch.cat([h, even[:, -1:]], dim=1)
 
 
-class _ScanChunked(torch.autograd.Function):
-    """sqrt(l) chunks of sqrt(l) steps: all chunks step together from h = 0, then the carries run through them.
+class _Scan(torch.autograd.Function):
+    """A scan by a function run that need not be differentiable, and its gradients by the same function.
 
-    Inside a chunk h_t = (h_t from zero) + (a_t ... a_first) h_in, since the recurrence is linear in its initial state.
     The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2): with g_t = dL/dh_t in total,
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
     """
 
     @staticmethod
-    def forward(ctx, a, b, h0):
-        h = _chunks_then_carries(a, b, h0)
+    def forward(ctx, run, a, b, h0):
+        h = run(a, b, h0)
+        ctx.run = run
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -173,12 +195,16 @@ class _ScanChunked(torch.autograd.Function):
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
         a_next = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1).conj()  # nothing comes after the last step
-        g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
+        g = ctx.run(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
         before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
-        return g * before.conj(), g, a[:, 0].conj() * g[:, 0]
+        return None, g * before.conj(), g, a[:, 0].conj() * g[:, 0]
 
 
 def _chunks_then_carries(a, b, h):
+    """sqrt(l) chunks of sqrt(l) steps: all chunks step together from h = 0, then the carries run through them.
+
+    Inside a chunk h_t = (h_t from zero) + (a_t ... a_first) h_in, since the recurrence is linear in its initial state.
+    """
     size = max(1, math.isqrt(b.shape[1]))
     whole = b.shape[1] // size * size
     out = torch.empty_like(b)
@@ -196,7 +222,7 @@ def _chunks_then_carries(a, b, h):
     return out
 
 
-SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _ScanChunked.apply}
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": functools.partial(_Scan.apply, _chunks_then_carries)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): one A, B, C for all time, so the recurrence is a convolution
@@ -460,13 +486,16 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
 
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
-    Gradients reach every input, also through h_last. impl: naive, parallel, chunked, auto.
+    Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
+    for one step, else triton on a CUDA GPU, else chunked.
     """
     (b, l, d), n = x.shape, A.shape[1]
     for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
                            ("C", C, (b, l, n)), ("D", D, (d,)), ("h0", h0, (b, d, n))):
         if t is not None and t.shape != shape or l == 0:
             raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
+    if _takes_triton("naive" if l == 1 and impl == "auto" else impl, x):
+        return _selective_triton(x, dt, A, B, C, D, h0)
     wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
     if h0 is None:
         h0 = wide.new_zeros(b, d, n)
@@ -693,3 +722,372 @@ def _ssd_last_state(x, dt, c, B, h0):
 
 
 SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The selective scan as GPU kernels, in Triton
+#
+# A GPU computes far faster than its memory delivers, so no state may leave the chip. A program below is one warp, 32
+# threads in step; it walks through time as the naive loop does, with A and the states of a few channels in registers.
+# What moves is a row a step: x, dt, B and C in, y out.
+#
+# Forward takes the three steps of section 2. (1) Walk every chunk from zero: what it adds to the state that enters it.
+# (2) Carry: a chunk's decay, the product of its exp(dt_t A), is exp(A sum dt), so that a plain scan over the chunks gives
+# the states that truly enter. (3) Walk every chunk from its own. So one long sequence fills the GPU as well as many short
+# ones do; where batch and channels alone fill it, (1) and (2) are left out.
+#
+# Backward, with g_t = dL/dh_t in total and w_t = dL/d(dt_t A) as in section 4. What travels is q_t = a_t g_t, for it obeys
+# a recurrence of the same kind, from the last step to the first:
+#     g_t = C_t dy_t + q_{t+1}        q_t = a_t (C_t dy_t + q_{t+1})        w_t = q_t h_{t-1}        dh0 = q_0
+# so (1) and (2) find the q that enters each chunk from behind. (3) needs the last h_{t-1} first. Forward kept a state a
+# chunk; a walk through the chunk puts every fourth state into a store of the program's own, small enough for the cache;
+# and the four steps from there are a recursion four deep: forward on the way in, backward on the way out. Its call stack
+# holds h and a, and the compiler lays it into registers. It costs three exponentials a state where one would do, had
+# the states room to stay.
+#
+#     the floor      Exponentials: a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock, beside 64 or 128
+#                    multiply-adds, of which a state's step needs 3 forward and about 12 backward. b l d n of them once
+#                    or twice forward, three times backward. Memory: 3 b l d numbers forward, 5 backward, one more for
+#                    the first walk of each. At n = 16 a GPU is near both.
+#     registers      Triton lays a tile (states, dim) over the threads along d first. Forward one channel a thread and
+#                    its states beside each other: y is a sum inside the thread. Backward also sums over d, for dB and
+#                    dC, so there a thread has 4 neighbouring channels, loads them as 16 bytes, and both sums cross few
+#                    threads. That is what alignment decides: a tile known to be aligned is loaded 4 numbers a thread.
+#     what is kept   A state a chunk, and dB and dC in parts, one a group of channels. Chunks and groups grow with n, so
+#                    that neither takes more than half of x's memory.
+#     deterministic  No atomics: parts are added up in a fixed order.
+#     edges          Rows past a sequence's end read as zero: dt = x = 0 leaves h as it is, and dy = C = 0 q. Rows are
+#                    counted in int64, as d times a row may pass 2^31. d and n are compiled in: addresses then differ by
+#                    constants, which take no registers. A model's first step waits some seconds for the compiler.
+#
+# exp(z) is exp2(z log2 e), the instruction there is: A comes times log2 e, and gradients to exponents times ln 2.
+
+LOG2E = math.log2(math.e)
+
+
+def _kernel(*unaligned):
+    """triton.jit; without Triton f stays as it is and nobody calls it. Of unaligned tiles a thread loads single numbers."""
+    if triton is None:
+        return lambda f: f
+    return triton.jit(do_not_specialize=["b", "l", "size", "width"], do_not_specialize_on_alignment=list(unaligned))
+
+
+@_kernel()
+def _tile(block, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr):
+    """Channels (dim,) and states (states,) of a block; its tile in a matrix (n, d), with a mask."""
+    at_d, at_n = block * dim + tl.arange(0, dim), tl.arange(0, states)
+    return at_d, at_n, at_n[:, None] * d + at_d[None, :], (at_n[:, None] < n) & (at_d[None, :] < d)
+
+
+@_kernel()
+def _row(p, row, stop, at, columns: tl.constexpr):
+    """Numbers of a row, zero past its end and from row stop on."""
+    return tl.load(p + row * columns + at, mask=at < tl.where(row < stop, columns, 0), other=0.0)
+
+
+@_kernel()
+def _put(p, numbers, row, stop, at, columns: tl.constexpr):
+    """The same for writing."""
+    tl.store(p + row * columns + at, numbers, mask=at < tl.where(row < stop, columns, 0))
+
+
+@_kernel()
+def _step(h, A, x, dt, B, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr):
+    """h_t, and what it was made of."""
+    x_t, dt_t = _row(x, row, stop, at_d, d).to(h.dtype), _row(dt, row, stop, at_d, d).to(h.dtype)  # (dim,)
+    B_t = _row(B, row, stop, at_n, n).to(h.dtype)  # (states,)
+    a = tl.exp2(dt_t[None, :] * A)  # (states, dim)
+    return a * h + B_t[:, None] * (dt_t * x_t)[None, :], a, x_t, dt_t, B_t
+
+
+@_kernel("A", "ends")
+def _ends_kernel(x, dt, A, B, ends, total, l, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr,
+                 CHUNK: tl.constexpr, STEPS: tl.constexpr, BACK: tl.constexpr):
+    """(1) What a chunk adds to the h that enters it, and its sum of dt; BACK, to the q: then x is dy, and B is C.
+
+    Rows of ends and total are in the order of the walk; row 0 is left to what enters the first chunk.
+    """
+    blocks, chunks = tl.cdiv(d, dim), tl.cdiv(l, CHUNK)
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, k = chunk // chunks, chunk % chunks
+    at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
+    A_t = tl.load(A + tile, mask=on, other=0.0)
+    h, sum_dt = tl.zeros_like(A_t), tl.sum(tl.zeros_like(A_t), 0)
+    first, stop = batch * l + k * CHUNK, (batch + 1) * l
+    for t in range(0, CHUNK, STEPS):
+        for i in tl.static_range(STEPS):
+            row = first + (CHUNK - 1 - t - i if BACK else t + i)
+            h_t, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, row, stop, at_d, at_n, d, n)
+            h = a * (h + B_t[:, None] * x_t[None, :]) if BACK else h_t
+            sum_dt += dt_t
+    to = batch * (chunks + 1) + 1 + (chunks - 1 - k if BACK else k)
+    tl.store(ends + to * n * d + tile, h, mask=on)
+    tl.store(total + to * d + at_d, sum_dt, mask=at_d < d)
+
+
+@_kernel()
+def _forward_steps(h, A, D, x, dt, B, C, y, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    """A recursion over steps: all loads on the way in and all stores on the way out, for no load may overtake a store."""
+    h, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, stop, at_d, at_n, d, n)
+    C_t = _row(C, row, stop, at_n, n).to(h.dtype)
+    y_t = tl.sum(C_t[:, None] * h, 0) + D * x_t
+    if STEPS > 1:
+        h = _forward_steps(h, A, D, x, dt, B, C, y, row + 1, stop, at_d, at_n, d, n, STEPS - 1)
+    _put(y, y_t, row, stop, at_d, d)
+    return h
+
+
+@_kernel("A", "kept")
+def _forward_kernel(x, dt, A, B, C, D, kept, y, l, size, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr,
+                    dim: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
+    """(3) y over size steps, a chunk or the whole length, from the state in kept, where every chunk's first state goes."""
+    blocks, pieces, rows = tl.cdiv(d, dim), tl.cdiv(l, size), tl.cdiv(l, CHUNK) + 1
+    piece = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, first = piece // pieces, piece % pieces * size
+    at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
+    A_t, D_t = tl.load(A + tile, mask=on, other=0.0), tl.load(D + at_d, mask=at_d < d, other=0.0)
+    kept += batch * rows * n * d
+    h = tl.load(kept + first // CHUNK * n * d + tile, mask=on, other=0.0)
+    for t in range(first, tl.minimum(first + size, l), STEPS):
+        if t % CHUNK == 0:
+            tl.store(kept + t // CHUNK * n * d + tile, h, mask=on)
+        h = _forward_steps(h, A_t, D_t, x, dt, B, C, y, batch * l + t, (batch + 1) * l, at_d, at_n, d, n, STEPS)
+    if first + size >= l:
+        tl.store(kept + (rows - 1) * n * d + tile, h, mask=on)
+
+
+@_kernel()
+def _there_and_back(h, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row, stop, at_d, at_n, d: tl.constexpr,
+                    n: tl.constexpr, STEPS: tl.constexpr):
+    """STEPS steps forward from h_{t-1}, then back from q_{t+STEPS}: writes dx and ddt, adds to dB and dC.
+
+    h and a wait in registers for the way out. There is no room for rows: they come from the cache a second time.
+    """
+    h_t, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, stop, at_d, at_n, d, n)
+    if STEPS > 1:
+        q, dA, dD = _there_and_back(h_t, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row + 1, stop, at_d, at_n,
+                                    d, n, STEPS - 1)
+    x_t, dt_t = _row(x, row, stop, at_d, d).to(h.dtype), _row(dt, row, stop, at_d, d).to(h.dtype)
+    B_t, C_t = _row(B, row, stop, at_n, n).to(h.dtype), _row(C, row, stop, at_n, n).to(h.dtype)
+    dB_t, dC_t = _row(dB, row, stop, at_n, n), _row(dC, row, stop, at_n, n)
+    dy_t, D_t = _row(dy, row, stop, at_d, d).to(h.dtype), _row(D, 0, 1, at_d, d)
+    g = C_t[:, None] * dy_t[None, :] + q
+    q = a * g
+    w = q * h
+    gB = tl.sum(g * B_t[:, None], 0)
+    _put(dx, dt_t * gB + D_t * dy_t, row, stop, at_d, d)
+    _put(ddt, x_t * gB + 0.6931471805599453 * tl.sum(w * A, 0), row, stop, at_d, d)
+    _put(dB, dB_t + tl.sum(g * (dt_t * x_t)[None, :], 1), row, stop, at_n, n)
+    _put(dC, dC_t + tl.sum(h_t * dy_t[None, :], 1), row, stop, at_n, n)
+    return q, dA + w * dt_t[None, :], dD + x_t * dy_t
+
+
+@_kernel()
+def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, dC, dD, b, l, d: tl.constexpr,
+                     n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr, BLOCKS: tl.constexpr,
+                     CHUNK: tl.constexpr, STEPS: tl.constexpr):
+    """(3) All gradients of a chunk and a group of BLOCKS blocks of channels, one after the other; then of the next chunk
+    and group that nobody has taken, so that there are no more stores than programs.
+
+    starts holds the h before each chunk, behind the q after it, which dA replaces. dB and dC add up over the group's
+    blocks here, from zero, and over groups outside.
+    """
+    chunks, groups = tl.cdiv(l, CHUNK), tl.cdiv(d, dim * BLOCKS)
+    store += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS * states * dim)
+    store += tl.arange(0, states)[:, None] * dim + tl.arange(0, dim)[None, :]
+    item = tl.program_id(0)
+    while item < b * chunks * groups:
+        chunk, group = (item // groups).to(tl.int64), item % groups
+        batch, k = chunk // chunks, chunk % chunks
+        first, stop, part = batch * l + k * CHUNK, (batch + 1) * l, group.to(tl.int64) * b * l * n
+        runs = tl.cdiv(tl.minimum(CHUNK, stop - first), STEPS)
+        for block in range(group * BLOCKS, group * BLOCKS + BLOCKS):
+            at_d, at_n, tile, on = _tile(block, d, n, states, dim)
+            A_t = tl.load(A + tile, mask=on, other=0.0)
+            h = tl.load(starts + (batch * (chunks + 1) + k) * n * d + tile, mask=on, other=0.0)
+            entry = behind + (batch * (chunks + 1) + chunks - 1 - k) * n * d + tile
+            q = tl.load(entry, mask=on, other=0.0)
+            dA, dD_t = tl.zeros_like(q), tl.sum(tl.zeros_like(q), 0)
+            for s in range(0, runs):
+                tl.store(store + s * (states * dim), h)
+                for i in tl.static_range(STEPS):
+                    h, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + s * STEPS + i, stop, at_d, at_n, d, n)
+            for s in range(runs - 1, -1, -1):
+                h = tl.load(store + s * (states * dim))
+                q, dA, dD_t = _there_and_back(h, q, dA, dD_t, A_t, D, x, dt, B, C, dy, dx, ddt, dB + part, dC + part,
+                                              first + s * STEPS, stop, at_d, at_n, d, n, STEPS)
+            tl.store(entry, dA, mask=on)
+            tl.store(dD + chunk * d + at_d, dD_t, mask=at_d < d)
+            tl.debug_barrier()  # the next block's threads add to dB and dC that others wrote
+        item += tl.num_programs(0)
+
+
+@_kernel()
+def _scan_kernel(a, b, enter, out, decay, l, size, width, BLOCK: tl.constexpr, ENDS: tl.constexpr):
+    """The plain scan, columns apart: a chunk's h from the state that enters it; ENDS: its last h from zero, its decay."""
+    blocks, chunks = tl.cdiv(width, BLOCK), tl.cdiv(l, size)
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    on = at < width
+    first = chunk // chunks * l + chunk % chunks * size
+    h = tl.load(enter + chunk * width + at, mask=at < (0 if ENDS else width), other=0.0)
+    product = tl.zeros_like(h) + 1
+    for row in range(first, tl.minimum(first + size, (chunk // chunks + 1) * l)):
+        a_t = tl.load(a + row * width + at, mask=on, other=0.0)
+        h = a_t * h + tl.load(b + row * width + at, mask=on, other=0.0)
+        if ENDS:
+            product *= a_t
+        else:
+            tl.store(out + row * width + at, h, mask=on)
+    if ENDS:
+        tl.store(out + chunk * width + at, h, mask=on)
+        tl.store(decay + chunk * width + at, product, mask=on)
+
+
+# From here on Python: how many programs of which size, and each direction as one operator that torch.compile leaves whole
+
+
+def _fill(device):
+    """How many programs fill the device: 16 warps a multiprocessor, so that some compute while others wait."""
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _launch(kernel, programs, *args, **sizes):
+    """One warp a program, so that what its threads tell each other stays among them."""
+    if programs:
+        with torch.cuda.device_of(args[0]):
+            kernel[(programs,)](*args, num_warps=1, **sizes)
+
+
+def _operator(schema):
+    """f as an operator, which interpreted kernels can be too; what it gives for shapes alone is left to register_fake."""
+    return lambda f: torch.library.custom_op("bytestate::" + f.__name__[1:], f, mutates_args=(), schema=schema)
+
+
+@_operator("(Tensor a, Tensor b, Tensor h0) -> Tensor")
+def _triton_scan(a, b, h0):
+    """h (b, l, ...), all contiguous. Chunks only where batch and columns do not fill the GPU; they are a shorter scan."""
+    (batch, l), width = b.shape[:2], math.prod(b.shape[2:])
+    blocks, out = -(-width // 32), torch.empty_like(b)
+    size = max(64, -(-l // max(1, _fill(b.device) // max(1, batch * blocks))))
+    chunks, enter = -(-l // size), h0
+    run = functools.partial(_launch, _scan_kernel, batch * chunks * blocks, a, b, BLOCK=32)
+    if chunks > 1:
+        ends, decay = b.new_empty(2, batch, chunks, *b.shape[2:])
+        run(h0, ends, decay, l, size, width, ENDS=True)
+        enter = torch.cat([h0[:, None], _triton_scan(decay, ends, h0)[:, :-1]], dim=1)
+    run(enter, out, out, l, size, width, ENDS=False)
+    return out
+
+
+@_triton_scan.register_fake
+def _(a, b, h0):
+    return torch.empty_like(b)
+
+
+def _sizes(d, n, numbers):
+    """What is compiled in: tiles of so many numbers, and chunks of 64 steps, or 2 n if that is more."""
+    states = 1 << (n - 1).bit_length()
+    return {"d": d, "n": n, "states": states, "dim": max(1, numbers // states), "CHUNK": max(64, 2 * states), "STEPS": 4}
+
+
+def _carries(x, dt, A, B, h0, back):
+    """(1) and (2): the state before every chunk and after the last, (b, chunks + 1, n, d); back, the q behind them."""
+    (b, l, d), n, sizes = x.shape, len(A), _sizes(x.shape[2], len(A), 512)
+    chunks = -(-l // sizes["CHUNK"])
+    ends, total = A.new_empty(b, chunks + 1, n, d), A.new_empty(b, chunks + 1, d)
+    ends[:, 0], total[:, 0] = h0, 0
+    _launch(_ends_kernel, b * chunks * -(-d // sizes["dim"]), x, dt, A, B, ends, total, l, BACK=back, **sizes)
+    return _triton_scan((total[:, :, None] * A).exp2_(), ends, torch.zeros_like(h0))
+
+
+@_operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor h0) -> (Tensor, Tensor)")
+def _selective_forward(x, dt, A, B, C, D, h0):
+    """y (b, l, d), and the states before every chunk and after the last; A (n, d), h0 (b, n, d)."""
+    (b, l, d), n, sizes = x.shape, len(A), _sizes(x.shape[2], len(A), 512)
+    blocks, y = -(-d // sizes["dim"]), torch.empty_like(x)
+    if b * blocks >= _fill(x.device):
+        size, kept = l, A.new_empty(b, -(-l // sizes["CHUNK"]) + 1, n, d)
+        kept[:, 0] = h0
+    else:
+        size, kept = sizes["CHUNK"], _carries(x, dt, A, B, h0, False)
+    _launch(_forward_kernel, b * -(-l // size) * blocks, x, dt, A, B, C, D, kept, y, l, size, **sizes)
+    return y, kept
+
+
+@_selective_forward.register_fake
+def _(x, dt, A, B, C, D, h0):
+    chunks = -(-x.shape[1] // _sizes(1, len(A), 1)["CHUNK"])
+    return torch.empty_like(x), A.new_empty(len(x), chunks + 1, *A.shape)
+
+
+@_operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor kept, Tensor dy, Tensor dh) -> "
+           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _selective_backward(x, dt, A, B, C, D, kept, dy, dh):
+    """Gradients to x, dt, A before it was scaled, B, C, D, h0. A group has 128 channels, or 4 n if that is more."""
+    (b, l, d), n, chunks, sizes = x.shape, len(A), kept.shape[1] - 1, _sizes(x.shape[2], len(A), 256)
+    blocks = max(1, min(max(128, 4 * n), d) // sizes["dim"])
+    groups = -(-d // (blocks * sizes["dim"]))
+    programs = min(b * chunks * groups, max(2, _fill(x.device) // 2))  # there are registers for half as many
+    behind = _carries(dy, dt, A, C, dh, True)
+    dh0 = behind[:, -1].clone()
+    store = A.new_empty(programs, sizes["CHUNK"] // sizes["STEPS"], sizes["states"] * sizes["dim"])
+    dx, ddt, dD = torch.empty_like(x), torch.empty_like(dt), A.new_empty(b * chunks, d)
+    dB, dC = A.new_zeros(2, groups, b, l, n)
+    _launch(_backward_kernel, programs, x, dt, A, B, C, D, kept, behind, store, dy, dx, ddt, dB, dC, dD, b, l,
+            BLOCKS=blocks, **sizes)
+    return dx, ddt, behind[:, :-1].sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dh0
+
+
+@_selective_backward.register_fake
+def _(x, dt, A, B, C, D, kept, dy, dh):
+    return tuple(torch.empty_like(t) for t in (x, dt, A, B, C, D, dh))
+
+
+class _SelectiveTriton(torch.autograd.Function):
+    """Both directions. What is not contiguous is copied: a strided row would fetch 32 bytes for each number in use."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, h0):
+        inputs = [t.contiguous() for t in (x, dt, A.mT * LOG2E, B, C, D)]
+        y, kept = _selective_forward(*inputs, h0.mT.contiguous())
+        ctx.save_for_backward(*inputs, kept)
+        return y, kept[:, -1].mT.contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh):
+        dx, ddt, dA, dB, dC, dD, dh0 = _selective_backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
+        return dx, ddt, dA.mT, dB, dC, dD, dh0.mT
+
+
+def _scan_triton(a, b, h0):
+    _check_triton("scan", b)
+    return _Scan.apply(lambda *t: _triton_scan(*(s.contiguous() for s in t)), a, b, h0)
+
+
+def _selective_triton(x, dt, A, B, C, D, h0):
+    """x, dt, B and C go in as they are, and are widened in registers; A, D and the states are wide."""
+    _check_triton("selective_scan", x)
+    b, d, n = len(x), *A.shape
+    if not 1 <= n <= 256:
+        raise ValueError(f'selective_scan: impl="triton" takes 1 to 256 states a channel, not {n}; use impl="chunked"')
+    dtype, out = _wide_dtype(x, dt, A, B, C, D, h0), x.dtype
+    if dtype == torch.float64:
+        x, dt, B, C = x.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
+    D = x.new_zeros(d, dtype=dtype) if D is None else D.to(dtype)
+    h0 = x.new_zeros(b, d, n, dtype=dtype) if h0 is None else h0.to(dtype)
+    y, h = _SelectiveTriton.apply(x, dt, A.to(dtype), B, C, D, h0)
+    return y.to(out), h
+
+
+def _check_triton(name, x):
+    """One line on why impl="triton" cannot run, and what can."""
+    if triton is None:
+        why = f"Triton does not import ({no_triton})"
+    elif x.is_complex():
+        why = "its kernels are for real numbers"
+    elif not x.is_cuda and isinstance(_forward_kernel, triton.JITFunction):
+        why = f"the tensors are on {x.device}, where it needs TRITON_INTERPRET=1 in the environment from the start"
+    else:
+        return
+    raise RuntimeError(f'{name}: impl="triton" cannot run: {why}; use impl="chunked"')
