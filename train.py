@@ -25,8 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.corpus import DataError, compressed_bpb, load_corpus, windows
+from data.corpus import Corpus, DataError, compressed_bpb, load_corpus, windows
 from data.noise import corrupt
+from data.synthetic import NO_TARGET, TASKS
 from model import CheckpointError, Config, ConfigError, load, make_model, save
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError)  # one line for the user, exit status 2
@@ -68,7 +69,7 @@ def run_script(run, argv):
 @dataclass
 class RunFlags:
     """What every run has, whatever it trains: also distill.py's."""
-    data: str = flag("python", "a file, a folder, or a known corpus: python, shakespeare, enwik8")
+    data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8; train.py also selective_copy, induction")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
     steps: int = flag(1000, "optimizer steps, unless --minutes is given")
     minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
@@ -127,6 +128,8 @@ def check(c):
     objective = getattr(c, "objective", "next")
     if objective not in OBJECTIVES:
         raise ConfigError(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
+    if objective != "next" and c.data in TASKS:
+        raise ConfigError(f"--data {c.data} has its own targets; leave out --objective {objective}")
     if objective == "next" and getattr(c, "block", ""):
         raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
     if objective != "mask" and getattr(c, "span", 1) > 1:
@@ -236,7 +239,7 @@ class Stop:
 # resumed run and several processes draw the same. A window's loss is the mean over the targets it has.
 
 MASK = 256  # the token that stands for a masked byte
-NO_TARGET = -100
+TASK_WINDOWS = 512  # on which a task is scored
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -279,6 +282,13 @@ def choose(k, l, seed, first, span=1):
 
 OBJECTIVES = {"next": (next_byte, "bits per byte"), "mask": (masked_bytes, "bits per masked byte"),
               "diffusion": (masked_diffusion, "bits per byte at most")}
+
+
+def load_data(name):
+    """A corpus; or a task of data/synthetic.py, with the function that draws its windows, targets and all, for bytes."""
+    if name in TASKS:
+        return Corpus(name, TASKS[name], TASKS[name], f"new windows in each step, {TASK_WINDOWS} to validate")
+    return load_corpus(name)
 
 
 def make_objective(c):
@@ -346,38 +356,47 @@ class Interrupted(Exception):
     """Validation was cut short by a signal."""
 
 
+def validation_pieces(data, seq_len, batch_size, carried):
+    """[(the bytes before, the bytes), ...], arrays (b, l), with each byte of the data once; a newline stands before the first.
+
+    Not carried: windows of seq_len. Carried: one stream. A task draws windows from a seed that no run has.
+    """
+    if callable(data):
+        return [data(seq_len, batch_size, 2**63, i) for i in range(-(-TASK_WINDOWS // batch_size))]
+    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
+    if carried:
+        size = seq_len * batch_size
+        return [(read[None, i:i + size], data[None, i:i + size]) for i in range(0, len(data), size)]
+    whole = len(data) // seq_len * seq_len
+    rows, targets = read[:whole].reshape(-1, seq_len), data[:whole].reshape(-1, seq_len)
+    pieces = [(rows[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return pieces + [(read[None, whole:], data[None, whole:])] * (whole < len(data))
+
+
 @torch.inference_mode()
 def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None, objective=next_byte):
-    """(bits per byte of data, share guessed right), each byte scored once; a newline stands before the first.
+    """(bits per byte of data, share guessed right), each byte scored once.
 
-    Not carried: windows of seq_len, each from an empty state, so a byte is predicted from what its window has shown.
-    Carried: one stream, the state handed from piece to piece, so from everything before it, in constant memory.
+    Not carried: each window from an empty state, so a byte is predicted from what its window has shown.
+    Carried: the state handed from piece to piece, so from everything before it, in constant memory.
     """
     model.eval()
     device = next(model.parameters()).device
-    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
-    whole = len(data) // seq_len * seq_len
-    if carried:
-        cuts = range(0, len(data), seq_len * batch_size)
-        pieces = [(read[None, i:i + seq_len * batch_size], data[None, i:i + seq_len * batch_size]) for i in cuts]
-    else:
-        rows, targets = read[:whole].reshape(-1, seq_len), data[:whole].reshape(-1, seq_len)
-        pieces = [(rows[i:i + batch_size], targets[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
-        if whole < len(data):
-            pieces.append((read[None, whole:], data[None, whole:]))
-    nats, right, first, state = 0.0, 0.0, 0, None
+    nats, right, first, count, state = 0.0, 0.0, 0, 0, None
+    pieces = validation_pieces(data, seq_len, batch_size, carried)
     for before, targets in tqdm(pieces, desc="validating" + ", carried" * carried, leave=False, disable=None):
         if stop is not None and stop.signal:
             raise Interrupted
         b, l = targets.shape
         tokens, targets = objective(before.astype(np.int64), targets.astype(np.int64), 0, first)
-        tokens, targets, first = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), first + b
+        tokens, targets = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+        first, count = first + b, count + b * l
         with cast:
             logits, state = model(tokens, state if carried else None)
         nats += l * surprise(logits, targets).sum().item()
         right += l * ((logits.argmax(-1) == targets).sum(1) / (targets != NO_TARGET).sum(1)).sum().item()
     model.train()
-    return nats / math.log(2) / len(data), right / len(data)
+    return nats / math.log(2) / count, right / count
 
 
 @torch.inference_mode()
@@ -418,20 +437,23 @@ def word_perplexity(bits, text):
 
 
 def validate(model, val, c, cast, stop=None):
-    """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever."""
+    """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever, and
+    the windows of a task are no stream."""
     bpb, accuracy = evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop, objective=make_objective(c))
-    carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] if model.recurrent else None
+    stream = model.recurrent and not callable(val)
+    carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] if stream else None
     return {"val_bpb": bpb, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
 def report(result, val, c):
     """The figures on the screen, beside what compressors need for the same bytes."""
     objective = getattr(c, "objective", "next")
-    print(f"validation  {result['val_bpb']:.4f} {OBJECTIVES[objective][1]}, windows of {c.seq_len}; "
+    unit = "bits per target" if callable(val) else OBJECTIVES[objective][1]
+    print(f"validation  {result['val_bpb']:.4f} {unit}, windows of {c.seq_len}; "
           f"{result['val_accuracy']:.1%} guessed right")
     if result["val_bpb_carried"] is not None:
         print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
-    if objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
+    if not callable(val) and objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
         print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
     sys.stdout.flush()
 
@@ -495,8 +517,12 @@ def prediction_loss(model, tokens, targets):
 
 def draw_batch(c, data, step):
     """The tokens and targets of a step, for all processes: (b, 2, seq_len)."""
-    batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, step)
-    tokens, targets = make_objective(c)(batch[:, :-1], batch[:, 1:], c.seed, step * c.batch_size)
+    if callable(data):
+        before, targets = data(c.seq_len, c.batch_size, c.seed, step)
+    else:
+        batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, step)
+        before, targets = batch[:, :-1], batch[:, 1:]
+    tokens, targets = make_objective(c)(before, targets, c.seed, step * c.batch_size)
     return torch.from_numpy(np.stack([tokens, targets], axis=1))
 
 
@@ -579,7 +605,7 @@ def run(argv):
     check(c)
     torch.manual_seed(c.seed)
     model, extra = resumed or (start_from(c, given) if c.init else make_model(make_config(c)), {})
-    return fit(c, join_processes(pick_device(c.device)), model, extra, load_corpus(c.data), prediction_loss, "train.py")
+    return fit(c, join_processes(pick_device(c.device)), model, extra, load_data(c.data), prediction_loss, "train.py")
 
 
 def fit(c, where, model, extra, corpus, loss_of, script):
@@ -592,7 +618,7 @@ def fit(c, where, model, extra, corpus, loss_of, script):
         raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
     keep_memory()
-    windows(corpus.train, c.seq_len + 1, 1, 0, 0)  # an error now if a window does not fit
+    draw_batch(c, corpus.train, 0)  # an error now if a window does not fit
 
     model.to(device, dtype).train()
     r = Run(c, Path(c.out), model, make_optimizer(model, c.lr, c.weight_decay), cast, corpus.val)
@@ -605,7 +631,8 @@ def fit(c, where, model, extra, corpus, loss_of, script):
     else:
         r.log = open_log(r.folder, r.step)
         layers = ", ".join(f"{layer.removesuffix('+mlp')} x {n}" for layer, n in Counter(model.config.layers).items())
-        print(f"data        {corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; {corpus.note}")
+        size = "" if corpus.name in TASKS else f"{len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; "
+        print(f"data        {corpus.name}: {size}{corpus.note}")
         print(f"model       {layers}, d_model {model.config.d_model}: {describe(model)}")
         print(f"runs on     {device}, {'bfloat16' if isinstance(cast, torch.autocast) else str(dtype).removeprefix('torch.')}, "
               f"{torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {r.folder}", flush=True)
@@ -617,7 +644,8 @@ def fit(c, where, model, extra, corpus, loss_of, script):
         if rank == 0:
             report(r.validate(stop), corpus.val, c)
             fill = ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
-            print(f"saved       {r.folder}/best.pt; let it write: python sample.py --ckpt {r.folder}{fill}")
+            write = f"; let it write: python sample.py --ckpt {r.folder}{fill}" * (not callable(corpus.val))
+            print(f"saved       {r.folder}/best.pt{write}")
     except Interrupted:
         if rank == 0:
             r.save("last.pt")
@@ -678,13 +706,16 @@ def eval_only(c, given):
     c = dataclasses.replace(Flags(**known), **{**given, "out": c.out})
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    corpus = load_corpus(c.data)
+    corpus = load_data(c.data)
     reads_bytes(c.out, model, c)
-    val = corrupt(corpus.val, c.noise)
-    print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(val):,} bytes of {corpus.name}"
+    if corpus.name in TASKS and c.noise:
+        raise ConfigError(f"--noise {c.noise} is for a text; leave it out with --data {corpus.name}")
+    val = corrupt(corpus.val, c.noise) if c.noise else corpus.val
+    size = f"{TASK_WINDOWS} windows" if corpus.name in TASKS else f"{len(val):,} bytes"
+    print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {size} of {corpus.name}"
           + f", {c.noise}" * bool(c.noise))
     report(validate(model.to(device, dtype), val, c, cast), val, c)
-    if c.objective == "next" and len(val) >= c.seq_len > 1:
+    if c.objective == "next" and not callable(val) and len(val) >= c.seq_len > 1:
         nats = window_nats(model, val, c.seq_len, c.seq_len // 2, c.batch_size, cast)
         bpb = sliding_bpb(nats, c.seq_len // 2)
         print(f"            {bpb:.4f} in windows that overlap by half, second halves scored; perplexity of a word "

@@ -1,0 +1,75 @@
+"""data/synthetic.py: the tasks of Mamba's section 4.1, and why no convolution solves the first."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.synthetic import COPY, LETTERS, MARK, NO_TARGET, NOISE, induction, selective_copy
+from model import LM, Config
+
+
+@pytest.mark.parametrize("length, count", [(3, 1), (16, 1), (31, 1), (32, 2), (100, 6), (257, 16), (4112, 16)])
+def test_selective_copying_asks_for_the_letters_in_order(length, count):
+    """The answer is what is left when the dots are taken out; every place in the noise occurs."""
+    tokens, targets = selective_copy(length, 50, 1, 0)
+    assert tokens.shape == targets.shape == (50, length) and tokens.dtype == targets.dtype == np.int64
+    for row, answer in zip(tokens, targets):
+        assert (row[-count:] == COPY).all() and (answer[:-count] == NO_TARGET).all()
+        letters = row[:-count][row[:-count] != NOISE]
+        assert np.array_equal(letters, answer[-count:]) and np.isin(letters, LETTERS).all() and len(letters) == count
+    if length == 32:
+        assert ((tokens[:, :-count] != NOISE).sum(0) > 0).sum() > 25
+
+
+@pytest.mark.parametrize("length", [3, 4, 31, 256])
+def test_induction_asks_for_what_followed_the_mark(length):
+    tokens, targets = induction(length, 200, 1, 0)
+    assert ((tokens == MARK).sum(1) == 2).all() and (tokens[:, -1] == MARK).all()
+    assert (targets[:, :-1] == NO_TARGET).all() and np.isin(targets[:, -1], LETTERS).all()
+    place = (tokens[:, :-1] == MARK).argmax(1)
+    assert np.array_equal(targets[:, -1], tokens[np.arange(200), place + 1])
+    assert set(place) == set(range(length - 2)) if length < 32 else len(set(place)) > 100
+
+
+@pytest.mark.parametrize("task", [selective_copy, induction])
+def test_a_task_is_a_function_of_seed_and_step(task):
+    first, again, other, later = (task(40, 9, *where)[0] for where in ((1, 5), (1, 5), (2, 5), (1, 6)))
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and not np.array_equal(first, later)
+
+
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_a_time_invariant_layer_adds_what_it_sees_wherever_it_was(layer):
+    """A system's answer to letters and dots is the sum of its answers to each, shifted: content cannot gate anything."""
+    torch.manual_seed(0)
+    mixer = LM(Config((layer,), d_model=5, d_state=6)).double().layers[0].mixer
+    x, zero = torch.randn(1, 20, 5, dtype=torch.float64), torch.zeros(1, 20, 5, dtype=torch.float64)
+    y = mixer.systems(x, None)[0]
+    alone = sum(mixer.systems(torch.cat([zero[:, :t], x[:, t:t + 1], zero[:, t + 1:]], dim=1), None)[0] for t in range(20))
+    torch.testing.assert_close(y, alone, rtol=1e-10, atol=1e-10)
+    late = mixer.systems(torch.cat([zero[:, :7], x[:, :13]], dim=1), None)[0]
+    torch.testing.assert_close(late[:, 7:], y[:, :13], rtol=1e-10, atol=1e-10)
+
+
+TINY = ["--d_model", "8", "--n_layer", "1", "--head_dim", "4", "--d_state", "4", "--seq_len", "8", "--batch_size", "64",
+        "--device", "cpu", "--layer", "mamba"]
+
+
+def test_a_task_trains_resumes_and_reports_accuracy(tmp_path, capsys):
+    """induction in windows of 8: better than one in 14 within seconds; its figures are targets', not bytes'."""
+    flags = [*TINY, "--data", "induction", "--lr", "0.03", "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--steps", "2"]) == 0
+    assert train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "induction: new windows in each step" in out and "bits per target" in out and "gzip" not in out
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["val_bpb_carried"] is None and last["val_accuracy"] > 0.3
+    assert train.main(["--out", str(tmp_path / "run"), "--eval_only", "--seq_len", "20"]) == 0
+    assert "windows of 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [("--data induction --seq_len 2", "windows of at least 3 bytes"), ("--data selective_copy --objective mask", "has its own targets")])
+def test_a_task_refuses_what_it_cannot_be(tmp_path, capsys, flags, message):
+    assert train.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
