@@ -5,12 +5,15 @@ its last window. An encoder fills holes, from both sides: python sample.py --ckp
 """
 import codecs
 import functools
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from data.wordpiece import read_vocabulary
 from model import ConfigError, Encoder, load
 from train import MASK, flag, parse, pick_device, pick_dtype, run_script
 
@@ -23,7 +26,8 @@ class Flags:
     prompt: str = flag("", "text to go on from; empty begins as after a newline")
     prompt_file: str = flag("", "the same from a file, any bytes; - is standard input")
     bytes: int = flag(500, "how many to write")
-    fill: str = flag("", "text whose underscores an encoder fills, a byte each; if it has none, --bytes of them follow it")
+    fill: str = flag("", "text whose underscores an encoder fills, a byte each; if it has none, --bytes of them follow it; "
+                     "with BiGS's released weights a word for each run of them")
     steps: int = flag(0, "fill in so many rounds, equally many bytes in each; 0 is a byte a round")
     temperature: float = flag(0.8, "0 always takes the likeliest byte, 1 samples from the model as it is")
     top_k: int = flag(0, "sample from the k likeliest bytes only; 0 is all")
@@ -152,6 +156,30 @@ def read_holes(c):
     return [MASK if byte == ord("_") else byte for byte in (text if b"_" in text else text + b"_" * c.bytes)]
 
 
+@torch.inference_mode()
+def fill_words(model, words, text, cast, most=5):
+    """Prints the text with the likeliest word in each hole, a run of underscores or [MASK], and what else was likely.
+
+    For BiGS's released weights: they were trained on texts padded to the last position, and padding flows back into them.
+    """
+    ids = words.encode(re.sub("_+", "[MASK]", text))
+    pad, mask = words.ids["[PAD]"], words.ids["[MASK]"]
+    longest = model.config.n_position or len(ids)
+    if len(ids) > longest or mask not in ids or model.config.vocab != len(words.pieces):
+        raise ConfigError(f"--fill: {len(ids)} tokens with {ids.count(mask)} holes and {len(words.pieces):,} words, expected at "
+                          f"most {longest}, at least 1 and {model.config.vocab:,}")
+    tokens = torch.tensor([ids + [pad] * (longest - len(ids))], device=next(model.parameters()).device)
+    with cast:
+        law = torch.softmax(model(tokens)[0][0].float(), -1)  # (l, v)
+    best = [law[i].topk(min(most, law.shape[1])) for i, token in enumerate(ids) if token == mask]
+    for top in best:
+        ids[ids.index(mask)] = top.indices[0].item()
+    print(" ".join(words.pieces[i] for i in ids[1:-1]).replace(" ##", ""))
+    for top in best:
+        print("    " + ", ".join(f"{words.pieces[i]} {p:.4f}" for p, i in zip(top.values.tolist(), top.indices.tolist())))
+    return 0
+
+
 def encode(prompt, vocab, crlf):
     """What the model reads: the prompt's bytes, or where it knows more symbols than bytes, the ids that stand in it."""
     if vocab <= 256:
@@ -193,11 +221,14 @@ def run(argv):
     check(c)
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    model, _ = load(c.ckpt, device)
+    model, extra = load(c.ckpt, device)
     model.to(dtype)
     if isinstance(model, Encoder) != bool(c.fill):
         raise ConfigError(f"{c.ckpt} is a causal model, which cannot fill holes; leave --fill out" if c.fill else
                           f"{c.ckpt} is an encoder, which fills holes; give it --fill TEXT with an underscore for each byte")
+    if c.fill and extra.get("layout") == "bigs":
+        folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
+        return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
         print(f"attention keeps a cache of {f'its last {model.config.window}' if model.config.window else 'all'} positions",

@@ -4,5 +4,6 @@ corpus.py       a file, a folder or a known name -> training and validation byte
 checkpoints.py  published weights: safetensors and torch files, their names and settings -> ours, and back
 noise.py        dropped, repeated, swapped bytes, other cases: what robustness is tested with
 synthetic.py    selective copying and induction heads, drawn as they are read
+wordpiece.py    the tokens of BERT and of BiGS's released weights
 cache/          corpora that were built or downloaded; ignored by git, safe to delete at any time
 """

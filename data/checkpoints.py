@@ -194,6 +194,24 @@ LAYOUTS = {
             "rope_theta": "rope_base", "rope_scaling": "rope_scaling",  # of one thing, the first name is what we write
             "rope_parameters.rope_theta": "rope_base", "rope_parameters": "rope_scaling"}},
         {"norm": "rms", "window": 0}),
+    # JunxiongWang/BiGS_*, the PyTorch files
+    "bigs": Layout("pytorch_model.bin", (
+        ("bigs.embeddings.word_embeddings.", "embedding."), ("bigs.embeddings.position_embeddings.", "position_table."),
+        ("bigs.embeddings.token_type_embeddings.", "type_table."), ("bigs.embeddings.LayerNorm.", "norm."),
+        ("bigs.encoder.layer.{i}.LayerNorm.", "layers.{i}.norm."),
+        *((f"bigs.encoder.layer.{{i}}.{ssm}.{theirs}", f"layers.{{i}}.mixer.{ssm}.{ours}") for ssm in ("fs4", "bs4")
+          for theirs, ours in (("D", "D"), ("kernel.C", "C"), ("kernel.A_re", "A_real"), ("kernel.A_im", "A_imag"),
+                               ("kernel.log_step", "log_dt"))),
+        *((f"bigs.encoder.layer.{{i}}.{name}", f"layers.{{i}}.mixer.{name}") for name in ("du_", "duc_")),
+        *((f"bigs.encoder.layer.{{i}}.{name}", f"layers.{{i}}.{name}") for name in ("dv.", "dol.", "do.")),
+        ("cls.predictions.transform.dense.", "head."), ("cls.predictions.transform.LayerNorm.", "head_norm."),
+        ("cls.predictions.bias", "lm_head.bias"), ("cls.predictions.decoder.weight", "lm_head.weight"),
+        ("cls.predictions.decoder.bias", None), ("bigs.embeddings.position_ids", None), ("bigs.pooler.", None)), {
+        "s4d": {
+            "model_type": ("BiGS",), "hidden_act": ("gelu",), "pre_norm": (True,), "vocab_size": "vocab",
+            "hidden_size": "d_model", "intermediate_size": "m", "num_hidden_layers": "n_layer", "num_ssm": "d_state",
+            "max_position_embeddings": "n_position", "type_vocab_size": "n_type", "layer_norm_eps": "norm_eps"}},
+        {"norm": "layer", "block": "gated"}),
 }
 
 
@@ -238,6 +256,7 @@ MIXERS = {  # kind: {tensor: names of its axes}; the first tensor tells the kind
               "mixer.conv1d.weight": ("d_inner", "1", "d_conv")},
     "mamba2": {"mixer.dt_bias": ("heads",), "mixer.out_proj.weight": ("d_model", "d_inner"),
                "mixer.conv1d.weight": ("d_inner + 2gn", "1", "d_conv")},
+    "s4d": {"mixer.fs4.A_real": ("d_state",), "dv.weight": ("m", "d_model")},
     "attention": {"mixer.q_proj.weight": ("d_q", "d_model"), "mixer.k_proj.weight": ("d_kv", "d_model")},
     "mlp": {"mlp.gate_proj.weight": ("d_mlp", "d_model")},
 }
@@ -283,11 +302,14 @@ def infer(shapes, given):
     kinds = kinds_of(shapes)
     s = {**given, **axes_of(shapes, kinds)}
     c = {"layers": kinds, "vocab": s["vocab"], "d_model": s["d_model"],
-         "norm": "layer" if "norm_f.bias" in shapes else "rms"}
+         "norm": "layer" if "layers.0.norm.bias" in shapes else "rms"}
     if "mamba" in kinds[0]:
         c |= {"expand": ratio(s, "d_inner", "d_model"), "d_conv": s["d_conv"],
               "bias": "layers.0.mixer.in_proj.bias" in shapes, "conv_bias": "layers.0.mixer.conv1d.bias" in shapes}
-    if kinds[0] == "mamba":
+    if kinds[0] == "s4d":
+        tables = {f"n_{name}": shapes.get(f"{name}_table.weight", (0,))[0] for name in ("position", "type")}
+        c |= {"block": "gated", "expand": ratio(s, "m", "d_model"), **tables}
+    if kinds[0] in ("mamba", "s4d"):
         c["d_state"] = s["d_state"]
     if kinds[0] == "mamba2":
         s |= {"gn": (s["d_inner + 2gn"] - s["d_inner"]) // 2, "n_group": s.get("n_group", 1)}
@@ -303,7 +325,7 @@ def infer(shapes, given):
 def derived(c):
     """What other programs' settings name besides."""
     return {"n_layer": len(c["layers"]), "head_size": c["d_model"] // c.get("n_head", 1),
-            "heads": c.get("expand", 1) * c["d_model"] // c.get("head_dim", 1)}
+            "m": c.get("expand", 1) * c["d_model"], "heads": c.get("expand", 1) * c["d_model"] // c.get("head_dim", 1)}
 
 
 def is_number(value):

@@ -1,14 +1,16 @@
 """data/checkpoints.py: published weights open here with the same logits; what is damaged is named in one line."""
 import json
+import math
 import pickle
 import struct
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.checkpoints import CheckpointError, read_safetensors
-from model import LM, Config, load, save
+from model import Config, load, make_model, save
 
 
 def tokens(l, b=2, vocab=17, seed=1):
@@ -124,15 +126,17 @@ MODELS = {
     "mamba2, untied": Config(("mamba2",), d_model=12, vocab=17, d_state=5, head_dim=8, norm="layer", tie=False),
     "llama": Config(("attention+mlp",) * 2, d_model=12, vocab=17, n_head=2, n_kv_head=1, d_mlp=7, norm_eps=1e-3,
                     rope_base=77.0, rope_scaling=(8.0, 1.0, 4.0, 16.0)),
+    "BiGS": Config(("s4d",) * 2, block="gated", d_model=8, vocab=19, d_state=6, expand=3, norm="layer", norm_eps=1e-12,
+                   n_position=24, n_type=2),
 }
 HOLDS = {"state-spaces": ("mamba", "MambaByte", "mamba, biases", "mamba2", "mamba2, untied"),
          "mambabyte": ("mamba", "MambaByte", "mamba, biases"), "hf": ("mamba", "mamba, biases", "mamba2"),
-         "llama": ("llama",)}
+         "llama": ("llama",), "bigs": ("BiGS",)}
 
 
 def make(config, dtype=torch.float32):
     torch.manual_seed(0)
-    model = LM(config).to(dtype).eval()
+    model = make_model(config).to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -200,6 +204,45 @@ def test_an_equal_head_is_a_tied_head(tmp_path):
     assert again.lm_head.weight is again.embedding.weight and again.config.tie
     torch.save(weights | {"lm_head.weight": model.lm_head.weight.detach() + 1}, tmp_path / "x.pt")
     assert not load(tmp_path / "x.pt")[0].config.tie
+
+
+def fill(seed, *shape):
+    """Entry number i = 1, 2, ..., row by row, is sin(seed + 0.7 i) / 2."""
+    return (0.5 * torch.sin(seed + 0.7 * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64))).view(shape)
+
+
+def test_the_golden_bigs_layer_passes_through_the_loader(tmp_path):
+    """The reference layer's numbers from a file with the published names; its m = 6 is padded to twice d = 4 by zeros."""
+    layer = {"LayerNorm.weight": 1 + 0.2 * fill(20, 4), "LayerNorm.bias": 0.2 * fill(21, 4)}
+    for seed, (name, *shape) in enumerate((("dv", 6, 4), ("du_forward", 4, 4), ("du_backward", 4, 4), ("duc_forward", 4, 4),
+                                           ("duc_backward", 4, 4), ("dol", 6, 4), ("do", 4, 6)), 1):
+        weight, bias = fill(seed, *shape), fill(seed + 0.5, shape[0])
+        layer[f"{name}.weight"] = F.pad(weight, (0, 2 * (shape[1] == 6), 0, 2 * (shape[0] == 6)))
+        layer[f"{name}.bias"] = F.pad(bias, (0, 2 * (shape[0] == 6)))
+    for ssm, D, dt, seed in (("fs4", 1.0, 0.1, 30), ("bs4", 0.5, 0.2, 40)):
+        layer |= {f"{ssm}.D": torch.tensor([D]), f"{ssm}.kernel.log_step": torch.tensor([dt], dtype=torch.float64).log(),
+                  f"{ssm}.kernel.C": fill(seed, 2, 2), f"{ssm}.kernel.A_re": torch.full((2,), -0.5),
+                  f"{ssm}.kernel.A_im": torch.tensor([0, math.pi], dtype=torch.float64)}
+    e, head = "bigs.embeddings.", "cls.predictions."
+    torch.save({**{f"bigs.encoder.layer.0.{name}": t for name, t in layer.items()},
+                e + "word_embeddings.weight": fill(8, 11, 4), e + "position_embeddings.weight": fill(9, 5, 4),
+                e + "token_type_embeddings.weight": fill(10, 2, 4), e + "position_ids": torch.arange(5)[None],
+                e + "LayerNorm.weight": fill(11, 4), e + "LayerNorm.bias": fill(12, 4),
+                "bigs.pooler.dense.weight": fill(13, 4, 4), "bigs.pooler.dense.bias": fill(14, 4),
+                head + "transform.dense.weight": fill(15, 4, 4), head + "transform.dense.bias": fill(16, 4),
+                head + "transform.LayerNorm.weight": fill(17, 4), head + "transform.LayerNorm.bias": fill(18, 4),
+                head + "decoder.weight": fill(8, 11, 4), head + "decoder.bias": fill(19, 11), head + "bias": fill(19, 11)},
+               tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"layer_norm_eps": 1e-12, "hidden_size": 4, "num_ssm": 2, "hidden_act": "gelu"}')
+    model, extra = load(tmp_path)
+    assert extra == {"layout": "bigs"} and model.lm_head.weight is model.embedding.weight and model.config.gelu == "tanh"
+    with torch.no_grad():
+        y = model.layers[0](2 * fill(50, 1, 5, 4))
+        assert model(torch.tensor([[3, 1, 4, 1, 5]]))[0].shape == (1, 5, 11)
+    for at, want in ((0, [0.9045281022, 1.1467310627, 0.8749861005, 0.1999478149]),
+                     (4, [-0.2555063675, 0.0318710903, 0.2762901930, 0.6111110455])):
+        torch.testing.assert_close(y[0, at], torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert abs(y.sum().item() - 3.199377598093915) < 1e-12
 
 
 def test_a_loaded_model_trains(tmp_path):

@@ -1,0 +1,74 @@
+"""WordPiece, and BiGS's released weights filling words."""
+import random
+
+import pytest
+import torch
+
+from data.corpus import DataError
+from data.wordpiece import SPECIAL, WordPiece, read_vocabulary, split_words
+from model import Config, make_model, save
+from sample import main
+
+PIECES = [*SPECIAL, *"the goal of life is happiness un ##aff ##able ##s run ! , . - ' a b c e 1 ##a ##b ##e ##1 中".split()]
+
+
+def pieces(text):
+    words = WordPiece(PIECES)
+    return [PIECES[i] for i in words.encode(text)][1:-1]
+
+
+def test_words_are_the_longest_pieces_they_begin_with():
+    assert pieces("Unaffable goals") == ["un", "##aff", "##able", "goal", "##s"]
+    assert pieces("goalx life") == ["[UNK]", "life"] and pieces("") == []
+    assert pieces("a" * 100) == ["a"] + ["##a"] * 99 and pieces("a" * 101) == ["[UNK]"]
+
+
+def test_accents_case_marks_and_chinese():
+    assert split_words("Élan, a-b\u00a0中c\x07\u200b!") == ["elan", ",", "a", "-", "b", "中", "c", "!"]
+    assert pieces("THE [MASK]-[MASK], É") == ["the", "[MASK]", "-", "[MASK]", ",", "e"]
+
+
+def test_wordpiece_equals_berts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    peer, ours = transformers.BertTokenizer.from_pretrained(tmp_path), read_vocabulary(tmp_path / "vocab.txt")
+    rng = random.Random(0)
+    parts = ["the", "goal", "unaffable", "[MASK]", "runs", "[SEP]",
+             *"abcABC éÉ中文ßİ,.!-'$^12\t\n\u00a0\u200b\u0301\ufffd\x07 e\u3000“”["]
+    for _ in range(1000):
+        text = "".join(rng.choices(parts, k=rng.randrange(12)))
+        assert ours.encode(text) == peer(text).input_ids, text
+
+
+def test_a_vocabulary_that_is_none_is_a_one_line_error(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_vocabulary(tmp_path / "vocab.txt")
+    for data in (b"the\n", b"\xff\xfe\n"):
+        (tmp_path / "vocab.txt").write_bytes(data)
+        with pytest.raises(DataError, match="vocab"):
+            read_vocabulary(tmp_path / "vocab.txt")
+
+
+def test_bigs_fills_words(tmp_path, capsys):
+    """The likeliest word stands in the text; its law is the model's on the padded text."""
+    torch.manual_seed(0)
+    model = make_model(Config(("s4d",), block="gated", d_model=8, vocab=len(PIECES), d_state=4, expand=3, norm="layer",
+                              norm_eps=1e-12, n_position=16, n_type=2)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    save(tmp_path, model, "bigs")
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
+    assert main(["--ckpt", str(tmp_path), "--fill", "The goal of life is ____."]) == 0
+    filled, law = capsys.readouterr().out.splitlines()
+    ids = WordPiece(PIECES).encode("the goal of life is [MASK].")
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([ids + [0] * (16 - len(ids))]))[0][0, 6], -1)
+    likeliest = PIECES[p.argmax()]
+    assert filled == f"the goal of life is {likeliest} .".replace(" ##", "") and law.count(",") >= 4
+    assert law.split()[:2] == [likeliest, f"{p.max():.4f},"]
+    for text in ("no hole", "_ " * 20):
+        assert main(["--ckpt", str(tmp_path), "--fill", text]) == 2
+        assert "tokens with" in capsys.readouterr().err
+    (tmp_path / "vocab.txt").unlink()
+    assert main(["--ckpt", str(tmp_path), "--fill", "_"]) == 2 and "vocab.txt is needed" in capsys.readouterr().err
