@@ -3,7 +3,8 @@
 Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
 later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1) are
 one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
-the rollback.
+the rollback. y, state = layer(x, state, keep) returns the state after the first keep[i] positions of row i instead, and y
+for all: what reads ahead, as speculative sampling does, keeps only what came true.
 """
 import dataclasses
 import math
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
 from data.corpus import whole_file
-from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
+from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd, ssd_state
 
 
 class ConfigError(ValueError):
@@ -127,8 +128,11 @@ class S4D(nn.Module):
         A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
         return s4d(x, torch.exp(self.log_dt), A, 1.0, 2 * torch.view_as_complex(self.C), self.D, h)
 
-    def forward(self, x, state=None):
-        y, h = self.systems(x, *(state or (None,)))
+    def forward(self, x, state=None, keep=None):
+        before, = state or (None,)
+        y, h = self.systems(x, before)
+        if keep is not None:  # at batch 1: rows would need steps of their own
+            h = self.systems(x[:, :int(keep)], before)[1]
         return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
 
 
@@ -185,11 +189,11 @@ class _CausalConv(torch.autograd.Function):
         return dseen, dtaps, dy.sum((0, 1))
 
 
-def causal_conv(x, weight, bias, tail):
+def causal_conv(x, weight, bias, tail, keep=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
     x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is zeros.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes next.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position keep (b,), or l.
     """
     (b, l, d), k = x.shape, weight.shape[2]
     if tail is None:
@@ -198,9 +202,18 @@ def causal_conv(x, weight, bias, tail):
         bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
+    if keep is None:
+        tail = seen[:, l:]
+    else:
+        tail = seen[torch.arange(b, device=x.device)[:, None], keep[:, None] + torch.arange(k - 1, device=x.device)]
     if l == 1:  # a byte at a time: one product
-        return (wide * taps).sum(1, keepdim=True) + bias, seen[:, 1:]
-    return _CausalConv.apply(wide, taps.contiguous(), bias), seen[:, l:]
+        return (wide * taps).sum(1, keepdim=True) + bias, tail
+    return _CausalConv.apply(wide, taps.contiguous(), bias), tail
+
+
+def cut(dt, keep):
+    """dt (b, l, ...) with zeros from position keep (b,) on: a step of no length, exp(0) h + 0 B x = h, leaves the state."""
+    return dt * (torch.arange(dt.shape[1], device=dt.device) < keep[:, None])[..., None]
 
 
 def init_dt_bias(size):
@@ -235,15 +248,18 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(init_dt_bias(d))
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, keep=None):
         n = self.A_log.shape[1]
-        conv, h = state or (None, None)
+        conv, before = state or (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_proj.in_features, n, n], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
-        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
+        A = -torch.exp(self.A_log)
+        y, h = selective_scan(u, dt, A, B, C, self.D, before)
+        if keep is not None:
+            _, h = selective_scan(u, cut(dt, keep), A, B, C, None, before)
         return self.out_proj(y * F.silu(z)), MambaState(conv, h)
 
 
@@ -267,15 +283,17 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
 
-    def forward(self, x, state=None):
-        conv, h = state or (None, None)
+    def forward(self, x, state=None, keep=None):
+        conv, before = state or (None, None)
         z, u, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
         d, gn = self.sizes[0], self.groups * self.n
         u, B, C = F.silu(u).split([d, gn, gn], dim=-1)
-        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
-                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h)
+        dt, A = F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)  # (b, l, nh), (nh,)
+        u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+        y, h = ssd(u, dt, A, B, C, self.D, before)
+        if keep is not None:
+            h = ssd_state(u, cut(dt, keep), A, B, before)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
         return self.out_proj(y), MambaState(conv, h)
@@ -322,6 +340,7 @@ class Attention(nn.Module):
 
     Its state is the cache of keys and values. With a window w every position sees itself and the w - 1 before it, so a
     cache of w - 1 is exact: constant memory here too, at the price of a model that cannot look further back.
+    keep takes batch 1: rows that keep different numbers of positions would need caches of different lengths.
     """
 
     def __init__(self, c):
@@ -333,7 +352,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, self.kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.size, c.d_model, bias=False)
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, keep=None):
         l = x.shape[1]
         position = x.new_zeros((), dtype=torch.long) if state is None else state.position
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, *self.rope)
@@ -341,8 +360,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        kept = k.shape[1] if not self.window else min(k.shape[1], self.window - 1)
-        state = AttentionState(k[:, k.shape[1] - kept:], v[:, v.shape[1] - kept:], position + l)
+        passed = l if keep is None else int(keep)
+        end = k.shape[1] - l + passed
+        first = max(0, end - self.window + 1) if self.window else 0
+        state = AttentionState(k[:, first:end], v[:, first:end], position + passed)
         share = self.heads // self.kv_heads
         q, k, v = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t, r in ((q, 1), (k, share), (v, share)))
         if l > 1 and (k.shape[2] > l or 0 < self.window < l):
@@ -385,8 +406,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if layer.endswith("+mlp") else (None, None)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, state=None):
-        y, state = self.mixer(self.norm(x), state)
+    def forward(self, x, state=None, keep=None):
+        y, state = self.mixer(self.norm(x), state, keep)
         x = x + self.dropout(y)
         if self.mlp is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -394,7 +415,8 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last.
+    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last, or after the
+    first keep[i] of row i.
 
     The residual stream stays in the parameters' dtype; under autocast only the projections are narrow.
     """
@@ -414,10 +436,10 @@ class LM(nn.Module):
                 if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
                     p /= math.sqrt(len(c.layers))
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, state=None, keep=None):
         x, states = self.embedding(tokens), []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
-            x, s = layer(x, s)
+            x, s = layer(x, s, keep)
             states.append(s)
         return self.lm_head(self.norm_f(x)), tuple(states)
 

@@ -2,17 +2,23 @@
 
 A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention keeps a cache of
 its last window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
+In order: the law one samples from, writing byte by byte, speculative sampling, filling, the script.
 """
 import codecs
 import functools
 import re
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.bpe import BPE
+from data.corpus import load_corpus
 from data.wordpiece import read_vocabulary
 from model import ConfigError, Encoder, load
 from train import MASK, flag, parse, pick_device, pick_dtype, run_script
@@ -38,6 +44,12 @@ class Flags:
     crlf: bool = flag(False, "lines end in CR LF inside the model, in LF outside: for the PG19 models of MambaByte")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
+    draft: str = flag("", "speculate: what guesses ahead, a checkpoint of the same bytes or ngram; the law stays --ckpt's")
+    k: int = flag(8, "bytes to guess at a time, or words if the drafter reads words")
+    rule: str = flag("exact", "what decides on a guess: exact, point_mass, or top_beta, which changes the law")
+    beta: int = flag(3, "top_beta accepts a byte among the beta likeliest")
+    to_boundary: bool = flag(False, "after a refusal write single bytes up to the next white space, as MambaByte does")
+    stats: bool = flag(False, "what was accepted, what it cost, and the time of plain writing, on stderr")
     compile: bool = flag(False, "torch.compile the step: up to a minute to start, then two to three times the speed")
 
 
@@ -64,9 +76,10 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.inference_mode()
-def prefill(model, tokens):
-    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), and the state."""
-    state = None
+def prefill(model, tokens, state=None):
+    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), and the state; (None, state) if there are none."""
+    if tokens.shape[1] == 0:
+        return None, state
     for piece in tokens.split(PREFILL, dim=1):
         logits, state = model(piece, state)
     return logits[:, -1], state
@@ -119,6 +132,276 @@ def compile_step(model, token):
     except Exception as e:  # torch has a class of its own for every compiler that may be missing
         raise ConfigError(f"--compile does not work here ({str(e).strip().splitlines()[0]}); run without it") from e
     return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculative sampling: a cheap drafter guesses k bytes, one call of the model looks at all of them
+#
+# A call that reads k bytes costs little more than one that reads a single byte, so whatever is accepted is nearly free.
+# The rules below decide on guesses such that the text follows the model's own law exactly, whatever the drafter does.
+# They take arrays of any kind that calculates, torch or numpy, a row for every guess and one more, which stands for the
+# byte after the last guess: p (.., k+1, v) are the model's laws, hot marks the guessed bytes by ones, and q are the laws that
+# the guesses were drawn from. A guess that is not there, like that last one, is a row of zeros in hot and q. The answer is
+# each guess's chance of being accepted if those before it were, and the laws of the byte that takes the place of the first
+# one refused.
+
+
+def exact(p, q, hot, scores=None):
+    """Accept with min(1, p/q), else draw from (p - q)+ normed: then the byte's law is p (Leviathan et al. 2023; Chen et al. 2023).
+
+    Exact for any p and q, provided each guess was drawn from its q, given those before it. Of the byte b, accepted guesses
+    bring min(p, q), refused ones (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing is
+    accepted and p is left: the byte after the last guess needs no rule of its own.
+    """
+    p_b, q_b = (p * hot).sum(-1), (q * hot).sum(-1)
+    left = (p - q).clip(min=0)
+    total = left.sum(-1)[..., None]  # 0 if q = p: then nothing is refused, and rounding must not divide by it
+    return (p_b / (q_b + (q_b == 0))).clip(max=1), (left + p * (total == 0)) / (total + (total == 0))
+
+
+def point_mass(p, q, hot, scores=None):
+    """Accept the guess b with p(b), else draw from p without b: exact, wherever the guesses come from; q is ignored.
+
+    It is the rule above for a drafter that puts all its mass on what it guessed.
+    """
+    return exact(p, hot, hot)
+
+
+def top_beta(p, q, hot, scores, beta=3):
+    """Accept every guess among the beta highest scores, ties in its favour (MambaByte 2024): NOT exact for beta > 1.
+
+    Then each byte is only sure to be among the beta likeliest: guesses have the drafter's law inside that set. With beta = 1
+    and p at temperature 0 it is the greedy text, whatever is guessed. Scores (.., k+1, v) are logits or probabilities.
+    """
+    rank = (scores > (scores * hot).sum(-1)[..., None]).sum(-1)
+    return (rank < beta) * hot.sum(-1), p
+
+
+def reveal(q, branches):
+    """The laws (n, 256) of a word's bytes, one after the other, if the word is drawn from q: what `exact` takes for a subword.
+
+    q are the laws of all words in the order of their bytes, branches (n, 257) say for each prefix of the word which ones go on
+    with byte b, from bounds[b] to bounds[b+1]. A byte has the mass of those words over that of all words longer than the
+    prefix. Whether the word ends here was the drafter's own draw, made before the byte was, so it cannot bias the text.
+    """
+    mass = np.diff(np.concatenate([[0], np.cumsum(q)])[branches], axis=1)
+    return mass / mass.sum(1, keepdims=True)
+
+
+RULES = {"exact": exact, "point_mass": point_mass, "top_beta": top_beta}
+
+
+def read(model, text, start, end, ahead, state):
+    """One call that brings the state from text[:start] to text[:end] and looks at `ahead` guesses behind it, by row.
+
+    Returns logits (b, ahead + 1, v) for the bytes from end on, and the state after text[:end]: the guesses leave no trace in
+    it, so there is nothing to roll back. What came true is read again by the next call, from the old state.
+    """
+    lag = [e - s for s, e in zip(start, end)]
+    width = max(lag) + ahead
+    window = torch.stack([row[s:s + width] for row, s in zip(text, start)])
+    keep = None if lag == [width] * len(lag) else torch.tensor(lag, device=text.device)
+    logits, state = model(window, state, keep)
+    return torch.stack([row[n - 1:n + ahead] for row, n in zip(logits, lag)]), state
+
+
+class ByteDrafter:
+    """A smaller model of the same bytes, which draws its guesses from the same kind of law.
+
+    It goes byte by byte, so the states at all k positions exist anyway, and the one where the text left the guesses is taken.
+    """
+
+    def __init__(self, model):
+        self.model, self.states = model, None
+
+    def draft(self, text, end, k, law, generator):
+        """Guesses (b, k) for text[end:], and the laws (b, k, v) that they were drawn from. text (b, ...), end by row."""
+        if self.states is None:
+            start, state = [e - 1 for e in end], prefill(self.model, text[:, :end[0] - 1])[1]
+        else:
+            true = [min(e - s, len(self.states)) - 1 for s, e in zip(self.end, end)]
+            start, state = [s + n for s, n in zip(self.end, true)], pick(self.states, true)
+        logits, state = read(self.model, text, start, end, 0, state)
+        self.states, self.end, guesses, laws = [state], end, [], []
+        for i in range(k):
+            laws.append(law(logits[:, -1]))
+            guesses.append(torch.multinomial(laws[-1], 1, generator=generator))
+            if i + 1 < k:
+                logits, state = self.model(guesses[-1], state)
+                self.states.append(state)
+        return torch.cat([text[:, :0], *guesses], dim=1), torch.stack(laws, dim=1) if laws else None
+
+
+def pick(states, index):
+    """The state that holds row i of states[index[i]] for every row i."""
+    if len(index) == 1:
+        return states[index[0]]
+    return tuple(type(layers[0])(*(torch.stack([t[i][row] for row, i in enumerate(index)]) for t in zip(*layers)))
+                 for layers in zip(*states))
+
+
+class SubwordDrafter:
+    """A model over byte-pair words (MambaByte 2024): k words make about 3 k guesses, in k calls instead of 3 k. Batch 1.
+
+    After a refusal the text may end inside a word. What is left over is encoded; all of its words but the last are read, and
+    the next word is drawn among those that begin with the last, so that words need not end where a refusal happened to be.
+    """
+
+    def __init__(self, model, words):
+        self.model, self.words, self.states = model, words, None
+        self.order = torch.tensor(words.order)
+
+    def draft(self, text, end, k, law, generator):
+        """Guesses (1, n) for text[0, end[0]:], the bytes of k words, and their laws (1, n, 256)."""
+        end = end[0]
+        if self.states is None:  # (bytes read, logits, state) before every word of the last draft
+            self.states = [(0, *prefill(self.model, text.new_tensor([[10]])))]  # a text begins as after a newline
+        read, logits, state = [s for s in self.states if s[0] < end][-1]
+        rest = self.words.encode(bytes(text[0, read:end].tolist())).tolist()
+        if rest[:-1]:
+            logits, state = prefill(self.model, text.new_tensor([rest[:-1]]), state)
+        prefix, guesses, laws = self.words.words[rest[-1]], b"", []
+        read = end - len(prefix)
+        self.states = [(read, logits, state)]
+        for i in range(k):
+            word, q = self.draw(logits, prefix, law, generator)
+            new, read = self.words.words[word], read + len(self.words.words[word])
+            branches = [self.words.branches(new[:n]) for n in range(len(prefix), len(new))]
+            if branches:  # not if the word is what the text ends with already
+                laws.append(reveal(q, np.stack(branches)))
+            guesses, prefix = guesses + new[len(prefix):], b""
+            if i + 1 < k:
+                logits, state = prefill(self.model, text.new_tensor([[word]]), state)
+                self.states.append((read, logits, state))
+        q = torch.from_numpy(np.concatenate(laws)).to(text.device, logits.dtype)[None] if laws else None
+        return text.new_tensor([list(guesses)]), q
+
+    def draw(self, logits, prefix, law, generator):
+        """A word that begins with prefix, and the law of all words in order that it was drawn from."""
+        first, last = self.words.span(prefix)
+        few = law(logits[:, self.order[first:last]])  # (1, last - first)
+        q = np.zeros(len(self.words.order))
+        q[first:last] = few[0].double().cpu().numpy()
+        return self.words.order[first + torch.multinomial(few, 1, generator=generator).item()], q
+
+
+class NgramDrafter:
+    """No model: guesses what followed the longest suffix of the text, in the text itself or in a corpus (prompt lookup).
+
+    The corpus is an array of positions, sorted by the 8 bytes before each, the nearest first: the two neighbours of where the
+    text's own last 8 bytes belong share the longest suffix with it.
+    """
+
+    def __init__(self, corpus=b"", shortest=3):
+        self.corpus, self.shortest, self.texts = bytes(corpus), shortest, None
+        before = np.zeros(len(self.corpus) + 1, np.uint64)  # before[i]: bytes i-1, i-2, .. i-8, the nearest highest
+        for j in range(8):
+            before[j + 1:] |= np.frombuffer(self.corpus, np.uint8)[:len(self.corpus) - j].astype(np.uint64) << np.uint64(56 - 8 * j)
+        self.order = np.argsort(before, kind="stable")
+        self.sorted = before[self.order]
+
+    def draft(self, text, end, k, law, generator):
+        """Guesses (b, k), -1 where there is none; they have no law."""
+        if self.texts is None:
+            self.texts, self.end = [b""] * len(end), [0] * len(end)
+        for i, e in enumerate(end):
+            self.texts[i] += bytes(text[i, self.end[i]:e].tolist())
+        self.end = end
+        found = [self.continuation(t, k) for t in self.texts]
+        n = max(map(len, found))
+        guesses = [list(f) + [-1] * (n - len(f)) for f in found]
+        return torch.tensor(guesses, dtype=torch.long, device=text.device).reshape(len(end), n), None
+
+    def continuation(self, text, k):
+        """Up to k bytes that followed the longest match, in the corpus or, if as long, earlier in the text."""
+        last = text[-8:][::-1].ljust(8, b"\0")
+        where = np.searchsorted(self.sorted, np.uint64(int.from_bytes(last, "big")), side="right")
+        length, guess = self.shortest - 1, b""
+        for i in self.order[max(0, where - 1):where + 1]:
+            n = common_suffix(self.corpus[max(0, i - 32):i], text[-32:])
+            if n > length and i < len(self.corpus):
+                length, guess = n, self.corpus[i:i + k]
+        for n in range(min(32, len(text) - 1), max(length, self.shortest) - 1, -1):
+            i = text.rfind(text[-n:], 0, len(text) - 1)
+            if i >= 0:
+                return text[i + n:i + n + k]
+        return guess
+
+
+def common_suffix(a, b):
+    """How many bytes at their ends are the same."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-n - 1] == b[-n - 1]:
+        n += 1
+    return n
+
+
+@dataclass
+class Stats:
+    """What a speculation did: (guessed, accepted) of every row in every round, calls of the model, and seconds."""
+    rounds: list = field(default_factory=list)
+    calls: int = 0
+    drafting: float = 0.0
+    verifying: float = 0.0
+
+    def acceptance(self):
+        """By position: how often a guess that was looked at, those before it being accepted, was accepted too."""
+        longest = max((guessed for guessed, _ in self.rounds), default=0)
+        looked = [sum(guessed > i and accepted >= i for guessed, accepted in self.rounds) for i in range(longest)]
+        return [sum(accepted > i for _, accepted in self.rounds) / n for i, n in enumerate(looked) if n]
+
+    def report(self, count, plain):
+        """A few lines, for the seconds that plain writing of the same count of bytes takes."""
+        seconds = self.drafting + self.verifying
+        return (f"{len(self.rounds) and sum(a + 1 for _, a in self.rounds) / len(self.rounds):.2f} bytes per call of the model and text, "
+                f"{self.calls} calls\naccepted by position: {' '.join(f'{a:.2f}' for a in self.acceptance())}\n"
+                f"drafting {self.drafting:.2f} s, verifying {self.verifying:.2f} s, {count / seconds:,.0f} bytes/s; "
+                f"plain {plain:.2f} s, {count / plain:,.0f} bytes/s: {plain / seconds:.2f} times as fast")
+
+
+@torch.inference_mode()
+def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None, stats=None, to_boundary=False):
+    """What generate yields, and in the same law if the rule is exact, in fewer calls of the model.
+
+    Rows accept different numbers of guesses: each has a text of its own length, and a state that covers its text up to what
+    the last round added. Rows that are done early go on for the others' sake; nobody sees that. to_boundary, at batch 1:
+    no guesses from a refusal to the next white space.
+    """
+    b, l = tokens.shape
+    stats = stats or Stats()
+    text, v = F.pad(tokens, (0, count)), torch.arange(model.config.vocab, device=tokens.device)
+    state = prefill(model, tokens[:, :-1])[1]
+    start, end, shown, refused = [l - 1] * b, [l] * b, l, False
+    while shown < l + count:
+        began = time.perf_counter()
+        guesses, q = drafter.draft(text, end, 0 if refused else k, law, generator)
+        n, drafted = guesses.shape[1], time.perf_counter()
+        if max(end) + 2 * n + 2 > text.shape[1]:
+            text = F.pad(text, (0, count + 2 * n + 2))
+        for row, e, guess in zip(text, end, guesses.clamp(min=0)):
+            row[e:e + n] = guess
+        logits, state = read(model, text, start, end, n, state)
+        p = law(logits)  # (b, n + 1, v)
+        hot = (F.pad(guesses, (0, 1), value=-1)[..., None] == v).to(p.dtype)
+        q = hot if q is None else F.pad(q, (0, 0, 0, 1))  # without a law of their own the guesses are certain
+        chance, after = rule(p, q, hot, logits)
+        true = torch.bernoulli(chance, generator=generator).cumprod(1).sum(1).long()  # (b,) accepted
+        byte = torch.multinomial(after[torch.arange(b), true], 1, generator=generator)
+        accepted = true.tolist()  # all that the host needs to know
+        start, end = end, [e + n + 1 for e, n in zip(end, accepted)]
+        for row, e, t in zip(text, end, byte):
+            row[e - 1:e] = t
+        if to_boundary:
+            refused = (refused or accepted[0] < n) and byte.item() not in b" \n"
+        stats.rounds += [(n, a) for a in accepted]
+        stats.calls += 1
+        stats.drafting, stats.verifying = stats.drafting + drafted - began, stats.verifying + time.perf_counter() - drafted
+        yield from text[:, shown:min(min(end), l + count)].unbind(1)
+        shown = max(shown, min(end))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
 
 
 class Writer:
@@ -212,6 +495,12 @@ def check(c):
         raise ConfigError(f"--temperature {c.temperature} is not a number from 0 up")
     if not -2**63 <= c.seed < 2**63:
         raise ConfigError(f"--seed {c.seed} does not fit in 64 bits")
+    if c.k < 1 or c.beta < 1:
+        raise ConfigError(f"--k {c.k} and --beta {c.beta} must be 1 or more")
+    if c.to_boundary and c.batch > 1:
+        raise ConfigError(f"--to_boundary takes --batch 1, not {c.batch}")
+    if c.rule not in RULES:
+        raise ConfigError(f"--rule {c.rule} is not one of {', '.join(RULES)}")
     if c.top_k < 0 or not 0 < c.top_p <= 1:
         raise ConfigError(f"--top_k {c.top_k} must be 0 or more, --top_p {c.top_p} in (0, 1]")
 
@@ -229,12 +518,15 @@ def run(argv):
     if c.fill and extra.get("layout") == "bigs":
         folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
+    if extra.get("merges"):
+        raise ConfigError(f"--ckpt {c.ckpt} reads words; it drafts: sample.py --ckpt RUN --draft {c.ckpt}, RUN a run over bytes")
+    drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
         print(f"attention keeps a cache of {f'its last {model.config.window}' if model.config.window else 'all'} positions",
               file=sys.stderr)
     tokens = torch.tensor([read_holes(c) if c.fill else encode(prompt, model.config.vocab, c.crlf)] * c.batch, device=device)
-    generator = torch.Generator(device).manual_seed(c.seed)
+    generator, show = torch.Generator(device).manual_seed(c.seed), functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf)
 
     def law(logits):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
@@ -244,13 +536,50 @@ def run(argv):
             if c.fill:
                 write(unmask(model, tokens, c.steps, law, generator, c.temperature == 0).unbind(1), b"", c)
                 return 0
+            if c.draft:
+                write_speculated(model, tokens, law, generator, prompt, c, drafter, show)
+                return 0
             step = compile_step(model, tokens[:, :1]) if c.compile else model
-            write(generate(model, tokens, c.bytes, law, generator, step), prompt, c,
-                  functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf))
+            write(generate(model, tokens, c.bytes, law, generator, step), prompt, c, show)
     except (KeyboardInterrupt, BrokenPipeError) as e:  # Ctrl-C, or a reader such as head that has seen enough
         sys.stdout = None if isinstance(e, BrokenPipeError) else sys.stdout  # nothing is left to flush it into
         return 130
     return 0
+
+
+def make_drafter(c, model, extra, device, dtype):
+    """What --draft names: ngram, over the corpus that the model was trained on, or a checkpoint."""
+    batched = all(layer.removesuffix("+mlp") in ("mamba", "mamba2") for layer in model.config.layers)
+    if c.batch > 1 and not batched:
+        raise ConfigError(f"--batch {c.batch} with --draft needs layers of mamba or mamba2, whose rows may keep different "
+                          f"numbers of bytes; {c.ckpt} has {', '.join(sorted(set(model.config.layers)))}; use --batch 1")
+    if c.draft == "ngram":
+        name = extra.get("flags", {}).get("data")
+        return NgramDrafter(load_corpus(name).train if name else b"")
+    drafter, own = load(c.draft, device)
+    drafter.to(dtype)
+    if own.get("merges"):
+        if c.batch > 1:
+            raise ConfigError(f"--batch {c.batch}: {c.draft} drafts words, which takes --batch 1")
+        return SubwordDrafter(drafter, BPE(own["merges"]))
+    if drafter.config.vocab != model.config.vocab:
+        raise ConfigError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab} and {c.ckpt} one of {model.config.vocab}; "
+                          "they must be the same, or the drafter's one of words: train.py --bpe")
+    return ByteDrafter(drafter)
+
+
+def write_speculated(model, tokens, law, generator, prompt, c, drafter, show):
+    """The text as a drafter guesses and the model decides; with --stats also what it took, and plain writing beside it."""
+    rule = functools.partial(top_beta, beta=c.beta) if c.rule == "top_beta" else RULES[c.rule]
+    if c.rule == "top_beta" and c.beta > 1:
+        print(f"--rule top_beta: this text does not follow the model's law; each byte is among the {c.beta} likeliest", file=sys.stderr)
+    stats = Stats()
+    write(speculate(model, tokens, c.bytes, law, drafter, c.k, rule, generator, stats, c.to_boundary), prompt, c, show)
+    if c.stats:
+        began = time.perf_counter()
+        for _ in generate(model, tokens, c.bytes, law, generator):
+            pass
+        print(stats.report(c.bytes * c.batch, time.perf_counter() - began), file=sys.stderr)
 
 
 def write(stream, prompt, c, show=bytes):

@@ -635,6 +635,13 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     return y.to(x.dtype), h
 
 
+def ssd_state(x, dt, A, B, h0=None):
+    """The last state alone, h_last (b, nh, p, n): shapes as in ssd. It is one matrix product."""
+    wide, dt, A, B, h0 = _wide(x, dt, A, B, h0)
+    with _no_autocast(x.device):
+        return _ssd_last_state(wide, dt, _log_decays(dt, A), B, h0)
+
+
 def _ssd_naive(x, dt, A, B, C, h):
     """The definition, one step at a time."""
     heads = x.shape[2] // B.shape[2]

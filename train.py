@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.bpe import BPE, learn_merges
 from data.corpus import Corpus, DataError, compressed_bpb, load_corpus, windows
 from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
@@ -92,6 +93,7 @@ class RunFlags:
 class Flags(RunFlags):
     objective: str = flag("next", "next byte; an encoder learns mask (15 % of the bytes, from both sides) or diffusion")
     layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; of an encoder s4d (default) or attention")
+    bpe: int = flag(0, "byte-pair merges to learn: the model reads words, as a drafter for sample.py --draft; 0 reads bytes")
     block: str = flag("", "of an encoder: gated (default) or stacked")
     span: int = flag(1, "mask: bytes are masked in runs of so many")
     eval_only: bool = flag(False, "validate the checkpoint in --out, a run's or a published one, and stop")
@@ -111,7 +113,7 @@ class Flags(RunFlags):
         self.out = self.out or f"out/{self.objective if encoder else self.layer}"
 
 
-MODEL_FLAGS = ("objective", "block", "layer", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
+MODEL_FLAGS = ("objective", "block", "layer", "bpe", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
 D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}
 
 
@@ -120,7 +122,7 @@ def check(c):
     for name in ("steps", "batch_size", "accumulate", "seq_len", "span", "d_model", "n_layer"):
         if getattr(c, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
-    for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed"):
+    for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed", "bpe"):
         if not 0 <= getattr(c, name, 0) < (2**63 if name == "seed" else math.inf):
             raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
     if not 0 <= getattr(c, "dropout", 0) < 1:
@@ -132,13 +134,17 @@ def check(c):
         raise ConfigError(f"--data {c.data} has its own targets; leave out --objective {objective}")
     if objective == "next" and getattr(c, "block", ""):
         raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
+    if objective != "next" and getattr(c, "bpe", 0):
+        raise ConfigError(f"--bpe {c.bpe} is for --objective next, not for {objective}")
+    if c.data in TASKS and getattr(c, "bpe", 0):
+        raise ConfigError(f"--bpe {c.bpe} is for a text, not for --data {c.data}")
     if objective != "mask" and getattr(c, "span", 1) > 1:
         raise ConfigError(f"--span {c.span} is for --objective mask, not for {objective}")
 
 
-def reads_bytes(path, model, c):
-    """ConfigError unless the checkpoint's model is one of bytes, and of the kind that --objective trains."""
-    if model.config.vocab > MASK + 1:
+def reads_bytes(path, model, c, merges=()):
+    """ConfigError unless the checkpoint's model is one of bytes, or of words over them, and of the kind that --objective trains."""
+    if model.config.vocab > MASK + 1 and not merges:
         raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; only models of bytes are trained here")
     if bool(model.config.block) != (c.objective != "next"):
         raise ConfigError(f"{path} is {'an encoder' if model.config.block else 'causal'}; --objective {c.objective} is not for it")
@@ -153,7 +159,7 @@ def start_from(c, given):
     return model
 
 
-def make_config(c):
+def make_config(c, vocab=256):
     """The model's shape from the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
 
     An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
@@ -163,7 +169,7 @@ def make_config(c):
                       norm_eps=1e-12, d_state=c.d_state or 64, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout)
     layer = "attention+mlp" if c.layer == "attention" else c.layer
     return Config(layers=(layer,) * c.n_layer, d_model=c.d_model, d_state=c.d_state or D_STATE.get(c.layer, 16),
-                  head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout, tie=False,
+                  head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout, tie=False, vocab=vocab,
                   window=c.seq_len if c.layer == "attention" else 0)
 
 
@@ -291,6 +297,14 @@ def load_data(name):
     return load_corpus(name)
 
 
+def in_words(data, merges):
+    """(data as the words that byte-pair merges make, bytes in a word); without merges the data itself, 1."""
+    if not merges:
+        return data, 1.0
+    words = BPE(merges).encode(data)
+    return words, len(data) / len(words)
+
+
 def make_objective(c):
     """The function that --objective names, next_byte for a script without that flag."""
     f, _ = OBJECTIVES[getattr(c, "objective", "next")]
@@ -375,7 +389,7 @@ def validation_pieces(data, seq_len, batch_size, carried):
 
 @torch.inference_mode()
 def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None, objective=next_byte):
-    """(bits per byte of data, share guessed right), each byte scored once.
+    """(bits per byte of data, share guessed right), each byte, or word, scored once.
 
     Not carried: each window from an empty state, so a byte is predicted from what its window has shown.
     Carried: the state handed from piece to piece, so from everything before it, in constant memory.
@@ -436,13 +450,13 @@ def word_perplexity(bits, text):
     return 2 ** min(bits / max(len(bytes(text).split()), 1), 1000)
 
 
-def validate(model, val, c, cast, stop=None):
+def validate(model, val, c, cast, stop=None, word=1.0):
     """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever, and
-    the windows of a task are no stream."""
+    the windows of a task are no stream. word is how many bytes a token of val stands for."""
     bpb, accuracy = evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop, objective=make_objective(c))
     stream = model.recurrent and not callable(val)
-    carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] if stream else None
-    return {"val_bpb": bpb, "val_bpb_carried": carried, "val_accuracy": accuracy}
+    carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] / word if stream else None
+    return {"val_bpb": bpb / word, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
 def report(result, val, c):
@@ -558,6 +572,8 @@ class Run:
     seconds: float = 0.0  # of training
     best_bpb: float = math.inf
     lr: float = 0.0
+    merges: list = ()     # of byte pairs, if tokens are words
+    word: float = 1.0     # bytes in a token
 
     @property
     def progress(self):
@@ -569,7 +585,7 @@ class Run:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.ruined("weights are not finite")
         save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
-             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state())
+             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state(), merges=list(self.merges))
 
     def ruined(self, what):
         """The error that ends a run which has blown up."""
@@ -581,12 +597,12 @@ class Run:
     def record(self, **figures):
         """One line of log.jsonl."""
         keys = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
-        self.log.write(json.dumps({"step": self.step, "bytes": self.step * self.c.batch_size * self.c.seq_len,
+        self.log.write(json.dumps({"step": self.step, "bytes": round(self.step * self.c.batch_size * self.c.seq_len * self.word),
                                    "seconds": round(self.seconds, 3), **{k: figures.get(k) for k in keys}}) + "\n")
 
     def validate(self, stop):
         """Validate, and save if that shows nothing wrong: the last step's own loss was of the weights before it."""
-        result = validate(self.model, self.val, self.c, self.cast, stop)
+        result = validate(self.model, self.val, self.c, self.cast, stop, self.word)
         if not math.isfinite(result["val_bpb"]):
             raise self.ruined(f"validation loss is {result['val_bpb']}")
         self.record(**result)
@@ -603,25 +619,29 @@ def run(argv):
         return eval_only(c, given)
     c, resumed = open_run(c, given, MODEL_FLAGS)
     check(c)
+    corpus = load_data(c.data)
+    merges = resumed[1].get("merges", []) if resumed else learn_merges(corpus.train, c.bpe) if c.bpe else []
     torch.manual_seed(c.seed)
-    model, extra = resumed or (start_from(c, given) if c.init else make_model(make_config(c)), {})
-    return fit(c, join_processes(pick_device(c.device)), model, extra, load_data(c.data), prediction_loss, "train.py")
+    model, extra = resumed or (start_from(c, given) if c.init else make_model(make_config(c, 256 + len(merges))), {})
+    return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, prediction_loss, "train.py", merges)
 
 
-def fit(c, where, model, extra, corpus, loss_of, script):
+def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     """Train model in the folder c.out until the budget is spent: the exit status.
 
-    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on.
+    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on. With merges the model
+    reads the words that they make of the corpus; figures are bits per byte all the same.
     """
     rank, world, device = where
     if c.batch_size % (world * c.accumulate):
         raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
     keep_memory()
-    draw_batch(c, corpus.train, 0)  # an error now if a window does not fit
+    (tokens, _), (val, word) = in_words(corpus.train, merges), in_words(corpus.val, merges)
+    draw_batch(c, tokens, 0)  # an error now if a window does not fit
 
     model.to(device, dtype).train()
-    r = Run(c, Path(c.out), model, make_optimizer(model, c.lr, c.weight_decay), cast, corpus.val)
+    r = Run(c, Path(c.out), model, make_optimizer(model, c.lr, c.weight_decay), cast, val, merges=merges, word=word)
     if extra:
         r.optimizer.load_state_dict(extra["optimizer"])
         r.step, r.seconds, r.best_bpb = extra["step"], extra["seconds"], extra["best_bpb"]
@@ -640,12 +660,13 @@ def fit(c, where, model, extra, corpus, loss_of, script):
     fast = nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
     stop = Stop()
     try:
-        train(r, fast, corpus.train, loss_of, rank, world, device, stop)
+        train(r, fast, tokens, loss_of, rank, world, device, stop)
         if rank == 0:
             report(r.validate(stop), corpus.val, c)
             fill = ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
-            write = f"; let it write: python sample.py --ckpt {r.folder}{fill}" * (not callable(corpus.val))
-            print(f"saved       {r.folder}/best.pt{write}")
+            fill = f"{r.folder}{fill}"
+            use = f"draft with it: python sample.py --draft {fill}" if merges else f"let it write: python sample.py --ckpt {fill}"
+            print(f"saved       {r.folder}/best.pt" + f"; {use}" * (not callable(corpus.val)))
     except Interrupted:
         if rank == 0:
             r.save("last.pt")
@@ -684,7 +705,7 @@ def train(r, model, data, loss_of, rank, world, device, stop):
                 r.seconds, stopped = shared[0].item(), int(shared[1])
             if rank:
                 continue
-            bpb, speed = nats / math.log(2), c.batch_size * c.seq_len / took
+            bpb, speed = nats / math.log(2) / r.word, c.batch_size * c.seq_len * r.word / took
             r.record(train_bpb=bpb, lr=r.lr, bytes_per_second=round(speed, 1))
             if r.step == 1:
                 v = r.model.config.vocab
@@ -706,17 +727,18 @@ def eval_only(c, given):
     c = dataclasses.replace(Flags(**known), **{**given, "out": c.out})
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    corpus = load_data(c.data)
-    reads_bytes(c.out, model, c)
+    corpus, merges = load_data(c.data), extra.get("merges", ())
+    reads_bytes(c.out, model, c, merges)
     if corpus.name in TASKS and c.noise:
         raise ConfigError(f"--noise {c.noise} is for a text; leave it out with --data {corpus.name}")
     val = corrupt(corpus.val, c.noise) if c.noise else corpus.val
     size = f"{TASK_WINDOWS} windows" if corpus.name in TASKS else f"{len(val):,} bytes"
     print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {size} of {corpus.name}"
           + f", {c.noise}" * bool(c.noise))
-    report(validate(model.to(device, dtype), val, c, cast), val, c)
-    if c.objective == "next" and not callable(val) and len(val) >= c.seq_len > 1:
-        nats = window_nats(model, val, c.seq_len, c.seq_len // 2, c.batch_size, cast)
+    tokens, word = in_words(val, merges)
+    report(validate(model.to(device, dtype), tokens, c, cast, word=word), val, c)
+    if c.objective == "next" and not callable(val) and len(tokens) >= c.seq_len > 1:
+        nats = window_nats(model, tokens, c.seq_len, c.seq_len // 2, c.batch_size, cast) / word
         bpb = sliding_bpb(nats, c.seq_len // 2)
         print(f"            {bpb:.4f} in windows that overlap by half, second halves scored; perplexity of a word "
               f"{word_perplexity(bpb * len(val), corpus.val):,.2f}")

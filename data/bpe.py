@@ -1,0 +1,111 @@
+"""Byte-pair encoding: a vocabulary of words over bytes, learned from a corpus.
+
+The words are the 256 single bytes and one more for every merge of two words that often stand side by side (Sennrich et
+al. 2016), so any bytes can be written and come back unchanged. A text is first cut into pieces, words with the space before
+them, signs, white space, and no merge crosses a cut (GPT-2): pieces repeat, and each distinct one is worked on once.
+"""
+import re
+from array import array
+from bisect import bisect_left
+from collections import Counter, defaultdict
+
+import numpy as np
+from tqdm import tqdm
+
+from data.corpus import DataError
+
+PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")  # every byte is in one; none is longer
+
+
+def learn_merges(data, count):
+    """count pairs of words (int, int), most frequent first: merge i makes word 256 + i. DataError if there are not as many.
+
+    Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
+    """
+    if not 1 <= count <= 2**16 - 256:
+        raise DataError(f"--bpe {count} is not from 1 to {2**16 - 256:,}")
+    found = Counter(PIECE.findall(bytes(data)))
+    pieces, weights = [list(piece) for piece in found], list(found.values())
+    pairs, holders = Counter(), defaultdict(set)  # holders: the pieces that had the pair at some time
+    for i, (piece, weight) in enumerate(zip(pieces, weights)):
+        for pair in zip(piece, piece[1:]):
+            pairs[pair] += weight
+            holders[pair].add(i)
+    merges = []
+    for word in tqdm(range(256, 256 + count), desc="byte pairs", leave=False, disable=None):
+        pair = max(pairs, key=pairs.get, default=None)  # the first one in a tie
+        if pair is None or pairs[pair] < 2:
+            raise DataError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; lower it or choose a larger --data")
+        merges.append(pair)
+        for i in holders.pop(pair):
+            merged = merge(pieces[i], pair, word)
+            for old in zip(pieces[i], pieces[i][1:]):
+                pairs[old] -= weights[i]
+            for new in zip(merged, merged[1:]):
+                pairs[new] += weights[i]
+                holders[new].add(i)
+            pieces[i] = merged
+        del pairs[pair]
+    return merges
+
+
+def merge(words, pair, word):
+    """The list with every occurrence of the pair, from the left, replaced by word: [1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]."""
+    out, i = [], 0
+    while i < len(words):
+        both = words[i:i + 2] == [*pair]
+        out.append(word if both else words[i])
+        i += 1 + both
+    return out
+
+
+class BPE:
+    """The vocabulary that merges make: words as bytes, texts as words, and the words in order, as a trie.
+
+    sorted holds the words in the order of their bytes, order their numbers: words that begin alike stand side by side.
+    """
+
+    def __init__(self, merges=()):
+        self.merges = [tuple(pair) for pair in merges]
+        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.words = [bytes([b]) for b in range(256)]
+        for a, b in self.merges:
+            self.words.append(self.words[a] + self.words[b])
+        self.order = sorted(range(len(self.words)), key=self.words.__getitem__)
+        self.sorted = [self.words[i] for i in self.order]
+        self.pieces, self.bounds = {}, {}  # what has been worked out before
+
+    def encode(self, data):
+        """Bytes, or an array of them -> words, an array of integers; without merges the bytes themselves."""
+        if not self.merges:
+            return np.frombuffer(data, np.uint8)
+        out = array("H")
+        for piece in PIECE.findall(bytes(data)):
+            if piece not in self.pieces:
+                self.pieces[piece] = array("H", self.encode_piece(piece))
+            out += self.pieces[piece]
+        return np.array(out, np.uint16)
+
+    def encode_piece(self, piece):
+        """Always the merge that was learned first, until none applies."""
+        words = list(piece)
+        while len(words) > 1:
+            pair = min(zip(words, words[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            if pair not in self.rank:
+                break
+            words = merge(words, pair, 256 + self.rank[pair])
+        return words
+
+    def decode(self, words):
+        return b"".join(self.words[i] for i in words)
+
+    def span(self, prefix):
+        """The words that begin with prefix, or are it, are sorted[first:end]: (first, end)."""
+        return bisect_left(self.sorted, prefix), bisect_left(self.sorted, prefix + b"\xff" * 99)
+
+    def branches(self, prefix):
+        """257 bounds: the words that go on after prefix with byte b are sorted[bounds[b]:bounds[b + 1]]; prefix itself is not among them."""
+        if prefix not in self.bounds:
+            starts = [bisect_left(self.sorted, prefix + bytes([b])) for b in range(256)]
+            self.bounds[prefix] = np.array([*starts, self.span(prefix)[1]])
+        return self.bounds[prefix]
