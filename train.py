@@ -663,9 +663,8 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
         train(r, fast, tokens, loss_of, rank, world, device, stop)
         if rank == 0:
             report(r.validate(stop), corpus.val, c)
-            fill = ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
-            fill = f"{r.folder}{fill}"
-            use = f"draft with it: python sample.py --draft {fill}" if merges else f"let it write: python sample.py --ckpt {fill}"
+            use = f"draft with it: python sample.py --draft {r.folder}" if merges else f"let it write: python sample.py --ckpt {r.folder}"
+            use += ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
             print(f"saved       {r.folder}/best.pt" + f"; {use}" * (not callable(corpus.val)))
     except Interrupted:
         if rank == 0:
