@@ -4,6 +4,8 @@
     ssd       the Mamba-2 scan, single layers and whole models, by length
     train     bytes/s of training, against mambapy and transformers
     decode    bytes/s of writing, against the same, and ms per byte as the context grows
+    robust    bits per byte under noise, and far beyond the training length, of two trained models
+    published loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
     figures   assets/*.svg from the JSON files that the others wrote
 
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
@@ -25,19 +27,24 @@ import platform
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LM, Block, Config, ConfigError, Mamba, Mamba2
+from data.corpus import load_corpus
+from data.noise import corrupt
+from model import LM, Block, Config, ConfigError, Mamba, Mamba2, load, save
 from sample import compile_step, filter_logits, generate, prefill
 from scan import selective_scan, ssd
-from train import flag, keep_memory, parse, pick_device, run_script
+from train import (by_position, evaluate, flag, keep_memory, parse, pick_device, run_script, sliding_bpb, window_nats,
+                   word_perplexity)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -352,7 +359,7 @@ def make_ssd(path, b, l, nh, p, n, device):
 def our_config(layer, d_model, n_layer):
     """Layers of three kinds with equally many parameters, to 2 %: SwiGLU is what brings attention up to the others."""
     name = "attention+mlp" if layer == "attention" else layer
-    return Config((name,) * n_layer, d_model, d_state=N[layer], head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
+    return Config((name,) * n_layer, d_model=d_model, d_state=N[layer], head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
 
 
 def transformers_config(layer, d_model, n_layer):
@@ -518,6 +525,94 @@ def bench_decode(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# robust: no times, but what the text costs
+
+TRAINED = {"mamba": "out/robust_mamba", "attention": "out/robust_attention"}  # by the commands in the README
+NOISES = ("", "drop:0.05", "drop:0.3", "repeat:0.05", "repeat:0.3", "antspeak", "upper", "random_case", "swap:0.05",
+          "swap:0.3")  # as MambaByte's table has them
+
+
+def bench_robust(c):
+    """MambaByte's robustness: noise of several kinds, and texts 64 times as long as the windows of training."""
+    rows = []
+    for name, path in TRAINED.items():
+        if c.quick:
+            model, seq_len, data = LM(our_config(name, 32, 1)), 16, "this file"
+            val = np.frombuffer(Path(__file__).read_bytes()[:2000], np.uint8)
+        else:
+            model, extra = load(path)
+            seq_len, data = extra["flags"]["seq_len"], extra["flags"]["data"]
+            val = load_corpus(data).val
+        size = {"path": name, "memory": "default", "data": data, "seq_len": seq_len,
+                "parameters": sum(p.numel() for p in model.parameters())}
+        rows += [{**size, **row} for row in (*noise_rows(model, val, seq_len), *length_rows(name, model, val, seq_len))]
+    return rows
+
+
+def noise_rows(model, val, seq_len):
+    rows = []
+    print(f"\n{'noise':14}{'bits per byte':>15}{'bits per word':>15}{'perplexity of a word':>22}")
+    for noise in NOISES:
+        text = corrupt(val, noise)
+        bits = evaluate(model, text, seq_len, 16)[0] * len(text)
+        words = len(bytes(val).split())  # of the clean text: noise makes no words
+        rows.append({"table": "noise", "noise": noise or "none", "bpb": bits / len(text), "bits_per_word": bits / words,
+                     "word_perplexity": word_perplexity(bits, val)})
+        print(f"{noise or 'none':14}{bits / len(text):15.3f}{bits / words:15.3f}{rows[-1]['word_perplexity']:22.4g}")
+    return rows
+
+
+def length_rows(name, model, val, seq_len):
+    """By position, over 16 windows of 64 times the length; Mamba in windows of its training has one figure for all."""
+    length, curves = min(64 * seq_len, len(val)), {}
+    stride = max(1, (len(val) - length) // 15)
+    if name == "mamba":
+        curves["plain"] = by_position(window_nats(model, val, length, stride, 1))
+        sliding = sliding_bpb(window_nats(model, val, seq_len, seq_len // 2, 16), seq_len // 2)
+        curves["windowed"] = [(a, b, sliding) for a, b, _ in curves["plain"]]
+    else:
+        for curve, window in (("plain", 0), ("windowed", seq_len)):
+            for layer in model.layers:
+                layer.mixer.window = window
+            curves[curve] = by_position(window_nats(model, val, length, stride, 1))
+    for curve, parts in curves.items():
+        print(f"{name}, {curve}: " + ", ".join(f"to {b:,} {bpb:.3f}" for _, b, bpb in parts))
+    return [{"table": "position", "path": f"{name}, {curve}", "from": a, "to": b, "bpb": bpb}
+            for curve, parts in curves.items() for a, b, bpb in parts]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published: a checkpoint of the size that MambaByte released
+
+
+def make_published(path, folder, device):
+    """Reading the file; reading every weight once, which no writing can beat; writing a byte."""
+    if path == "load":
+        return {"loading": lambda: load(folder, device)}
+    model, _ = load(folder, device)
+    if path == "read":
+        weights = [p for name, p in model.named_parameters() if name != "embedding.weight"]  # of that one row is read
+        return {"a byte": torch.inference_mode()(lambda: [p.sum() for p in weights])}
+    _, state = model(torch.tensor([[10]]))
+    return {"a byte": torch.inference_mode()(lambda: model(torch.tensor([[10]]), state))}
+
+
+def bench_published(c):
+    """Random weights in MambaByte-353M's shape, float32, written once to a temporary folder in both kinds of file."""
+    config = (Config(("mamba",) * 2, d_model=32, norm="layer", tie=False) if c.quick else
+              Config(("mamba",) * 53, d_model=1024, norm="layer", tie=False))
+    with tempfile.TemporaryDirectory() as folder:
+        model = LM(config)
+        size = sum(p.numel() * p.itemsize for p in model.parameters())
+        save(folder, model, "state-spaces")
+        del model
+        args = {"path": "load", "folder": folder}
+        return compare("published", {"weights_mb": round(size / 1e6)}, [
+            Cell("load", make_published, args), Cell("weights read once", make_published, {**args, "path": "read"}, work=1),
+            Cell("mamba", make_published, {**args, "path": "write"}, work=1)], c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures
 
 
@@ -561,19 +656,22 @@ def measured(name, **wanted):
 
 
 def figures():
-    """assets/scan_time.svg and assets/decode_context.svg."""
+    """assets/scan_time.svg, assets/decode_context.svg and assets/length.svg."""
     draw("scan_time.svg", measured("scan", table="selective scan", mode="forward+backward"), "l",
          lambda row: 1e3 * row["seconds"], "length",
          "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
     draw("decode_context.svg", measured("decode", table="decoding after a context", mode="writing"), "context",
          lambda row: row["ms_per_byte"], "bytes read before", "ms per byte written", "linear")
+    draw("length.svg", measured("robust", table="position"), "to", lambda row: row["bpb"],
+         "up to this position (trained on the first part)", "bits per byte", "log")
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode}
+BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
+              "robust": bench_robust, "published": bench_published}
 
 
 def hardware():
