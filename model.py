@@ -464,7 +464,7 @@ class LM(nn.Module):
 
 
 class SharedS4D(nn.Module):
-    """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022, section 3; x (b, l, d)).
+    """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022; x (b, l, d)).
 
     K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,   dt = exp(log_dt), B = 1.
     The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each conjugate pair, so nothing is doubled.
@@ -524,7 +524,7 @@ ENCODER_MIXERS = {"s4d": BidirectionalS4D, "attention": BidirectionalAttention}
 
 
 class BiGS(nn.Module):
-    """The bidirectional gated block (Wang et al. 2022, figure 2): y = x + W_do (gelu(W_dol mix(h)) * gelu(W_dv h)), h = norm(x)."""
+    """The gated block (Wang et al. 2022, 2212.10544): y = x + W_do (gelu(W_dol mix(h)) * gelu(W_dv h)), h = norm(x)."""
 
     def __init__(self, c, layer):
         super().__init__()

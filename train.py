@@ -70,6 +70,7 @@ def run_script(run, argv):
 @dataclass
 class RunFlags:
     """What every run has, whatever it trains: also distill.py's."""
+    objective, block, span, bpe = "next", "", 1, 0  # no flags here: only train.py has encoders and words
     data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8; train.py also selective_copy, induction")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
     steps: int = flag(1000, "optimizer steps, unless --minutes is given")
@@ -127,19 +128,18 @@ def check(c):
             raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
     if not 0 <= getattr(c, "dropout", 0) < 1:
         raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
-    objective = getattr(c, "objective", "next")
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
-    if objective != "next" and c.data in TASKS:
-        raise ConfigError(f"--data {c.data} has its own targets; leave out --objective {objective}")
-    if objective == "next" and getattr(c, "block", ""):
+    if c.objective not in OBJECTIVES:
+        raise ConfigError(f"--objective {c.objective} is not one of {', '.join(OBJECTIVES)}")
+    if c.objective != "next" and c.data in TASKS:
+        raise ConfigError(f"--data {c.data} has its own targets; leave out --objective {c.objective}")
+    if c.objective == "next" and c.block:
         raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
-    if objective != "next" and getattr(c, "bpe", 0):
-        raise ConfigError(f"--bpe {c.bpe} is for --objective next, not for {objective}")
-    if c.data in TASKS and getattr(c, "bpe", 0):
+    if c.objective != "next" and c.bpe:
+        raise ConfigError(f"--bpe {c.bpe} is for --objective next, not for {c.objective}")
+    if c.data in TASKS and c.bpe:
         raise ConfigError(f"--bpe {c.bpe} is for a text, not for --data {c.data}")
-    if objective != "mask" and getattr(c, "span", 1) > 1:
-        raise ConfigError(f"--span {c.span} is for --objective mask, not for {objective}")
+    if c.objective != "mask" and c.span > 1:
+        raise ConfigError(f"--span {c.span} is for --objective mask, not for {c.objective}")
 
 
 def reads_bytes(path, model, c, merges=()):
@@ -306,9 +306,14 @@ def in_words(data, merges):
 
 
 def make_objective(c):
-    """The function that --objective names, next_byte for a script without that flag."""
-    f, _ = OBJECTIVES[getattr(c, "objective", "next")]
+    """The function that --objective names."""
+    f, _ = OBJECTIVES[c.objective]
     return functools.partial(f, span=c.span) if f is masked_bytes else f
+
+
+def unit_of(c):
+    """What a run's figures are in."""
+    return "bits per target" if c.data in TASKS else OBJECTIVES[c.objective][1]
 
 
 def surprise(logits, targets):
@@ -461,13 +466,11 @@ def validate(model, val, c, cast, stop=None, word=1.0):
 
 def report(result, val, c):
     """The figures on the screen, beside what compressors need for the same bytes."""
-    objective = getattr(c, "objective", "next")
-    unit = "bits per target" if callable(val) else OBJECTIVES[objective][1]
-    print(f"validation  {result['val_bpb']:.4f} {unit}, windows of {c.seq_len}; "
+    print(f"validation  {result['val_bpb']:.4f} {unit_of(c)}, windows of {c.seq_len}; "
           f"{result['val_accuracy']:.1%} guessed right")
     if result["val_bpb_carried"] is not None:
         print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
-    if not callable(val) and objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
+    if not callable(val) and c.objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
         print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
     sys.stdout.flush()
 
@@ -664,7 +667,7 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
         if rank == 0:
             report(r.validate(stop), corpus.val, c)
             use = f"draft with it: python sample.py --draft {r.folder}" if merges else f"let it write: python sample.py --ckpt {r.folder}"
-            use += ' --fill "what is ____ in the middle"' * bool(getattr(c, "block", ""))
+            use += ' --fill "what is ____ in the middle"' * bool(c.block)
             print(f"saved       {r.folder}/best.pt" + f"; {use}" * (not callable(corpus.val)))
     except Interrupted:
         if rank == 0:
@@ -681,7 +684,7 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
 
 def train(r, model, data, loss_of, rank, world, device, stop):
     """Steps until the budget is spent, or Interrupted by a signal. model is r.model, compiled or wrapped as may be."""
-    c, saved, stopped = r.c, r.seconds, 0
+    c, saved, stopped, unit = r.c, r.seconds, 0, unit_of(r.c)
     with tqdm(total=1.0, initial=min(r.progress, 1.0), disable=rank > 0, dynamic_ncols=True,
               bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}") as bar:
         while r.progress < 1:
@@ -709,10 +712,10 @@ def train(r, model, data, loss_of, rank, world, device, stop):
             if r.step == 1:
                 v = r.model.config.vocab
                 bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {v} = {math.log(v):.3f}")
-            bar.set_postfix_str(f"step {r.step} | {bpb:.3f} bits per byte | {speed:,.0f} bytes/s", refresh=False)
+            bar.set_postfix_str(f"step {r.step} | {bpb:.3f} {unit} | {speed:,.0f} bytes/s", refresh=False)
             bar.update(min(r.progress, 1.0) - bar.n)
             if c.eval_every and r.step % c.eval_every == 0 and r.progress < 1:
-                bar.write(f"step {r.step:<7}validation {r.validate(stop)['val_bpb']:.4f} bits per byte")
+                bar.write(f"step {r.step:<7}validation {r.validate(stop)['val_bpb']:.4f} {unit}")
             elif r.seconds - saved > SAVE_SECONDS:
                 saved = r.seconds
                 r.save("last.pt")

@@ -322,3 +322,14 @@ def test_impossible_encoders_are_one_line_errors():
         with pytest.raises(ConfigError, match=part.replace("+", r"\+")) as error:
             Config(**{**dict(layers=("s4d",), block="gated", d_model=12), **sizes})
         assert "\n" not in str(error.value)
+
+
+@every_kind
+def test_autocast_narrows_the_projections_and_not_the_kernel(block, layer):
+    """bfloat16 has no complex numbers and no FFT; the answer stays close to the float32 one."""
+    model, text = make(block, layer).float(), tokens(50)
+    with torch.no_grad():
+        want = model(text)[0].softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(text)[0]
+    assert logits.dtype == torch.bfloat16 and (logits.float().softmax(-1) - want).abs().mean() < 0.02
