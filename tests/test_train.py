@@ -303,7 +303,7 @@ def test_eval_only_prints_what_the_log_has(corpus, tmp_path, capsys):
 def test_eval_only_keeps_the_dtype_of_the_run(corpus, tmp_path, monkeypatch):
     go(corpus, tmp_path / "run", "--dtype", "float64")
     seen = []
-    monkeypatch.setattr(train, "validate", lambda model, *args: seen.append(next(model.parameters()).dtype) or
+    monkeypatch.setattr(train, "validate", lambda model, *args, **kwargs: seen.append(next(model.parameters()).dtype) or
                         {"val_bpb": 1.0, "val_bpb_carried": None, "val_accuracy": 0.5})
     assert train.main(["--out", str(tmp_path / "run"), "--eval_only"]) == 0
     assert seen == [F64]
