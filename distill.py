@@ -3,30 +3,31 @@
     python train.py --layer attention --n_layer 8 --d_model 128 --out out/attention
     python distill.py --teacher out/attention --keep_attention 0.25 --out out/hybrid
 
-Take the softmax out of causal attention, and what is left is the recurrence of a state-space model with dt = 1 and A = 0:
+Take the softmax out of causal attention, and what is left is the recurrence of a state-space model with dt = 1, A = 0:
+
     y_t = sum_{s <= t} (q_t . k_s) v_s = h_t q_t,        h_t = h_{t-1} + v_t k_t^T.
-So the projections of a trained attention layer are where a Mamba-2 layer can begin, head for head (n = p = head size):
 
-    attention              state-space layer                             origin
-    V                ->    x, what is written                            copied
-    K                ->    B, where to                                   copied
-    Q                ->    C, where from                                 copied
-    O                ->    out_proj                                      copied
-    -                      dt, A, D, convolution, gate z and its norm    new
-    norms, SwiGLU, embedding, head                                       copied
+So the projections of a trained attention layer are where a Mamba-2 layer can begin, head for head, n = p = head size:
 
-Keys and values shared by several queries are copied to each of them (g = n_head groups). Rotary positions and the factor
-1/sqrt(head size) go: order is now the decay's and the convolution's affair, and scale the norm's.
+    attention      state-space layer                            origin
+    V         ->   x, what is written                           copied
+    K         ->   B, where to                                  copied
+    Q         ->   C, where from                                copied
+    O         ->   out_proj                                     copied
+                   dt, A, D, convolution, gate z, its norm      new
+    norms, SwiGLU, embedding, head                              copied
 
---layer mamba makes Mamba-1 layers, where only V -> x and O -> out fit, since our Mamba reads B and C from its convolved x
-and shares them among all channels. The released Mamba-1 hybrids do copy K and Q, cut in slices of n = 16: with head size
-128 and shared keys most slices then meet a wrong part of their head (83 to 87 %), which training repairs. Their dt is
-softplus(W r + 2 b), since the bias of the projection is added once more inside the scan: at the start dt is near the
-square of what was meant. We add it once.
+Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
+factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm.
+
+--layer mamba makes Mamba-1 layers. Only V -> x and O -> out_proj fit there: our Mamba reads B and C from its convolved
+x and shares them among all channels. The released Mamba-1 hybrids do copy K and Q, cut in slices of n = 16, and with
+heads of 128 and shared keys most slices (83 to 87 %) then meet a wrong part of their head, which training has to mend.
+Their step size is softplus(W r + 2 b), for the scan adds the bias that the projection has added already, so that at
+first dt is near the square of what was meant. We add it once.
 """
 import dataclasses
 import math
-import operator
 import sys
 from dataclasses import dataclass
 
@@ -34,25 +35,26 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.corpus import load_corpus
+from data.corpus import load_corpus, load_tokens
 from model import LM, CheckpointError, ConfigError, load
-from train import RunFlags, check, evaluate, fit, flag, join_processes, open_run, parse, pick_device, pick_dtype, run_script
+from train import (RunFlags, check, evaluate, fit, flag, join_processes, open_run, parse, pick_device, pick_dtype,
+                   run_script)
 
 
 @dataclass
 class Flags(RunFlags):
     out: str = flag("out/student", "folder of the run")
     lr: float = flag(2e-3, "peak learning rate")
-    teacher: str = flag("out/attention", "checkpoint or run with attention layers")
-    student: str = flag("", "a student to go on with, of an earlier stage or with more attention; empty: made from the teacher")
+    teacher: str = flag("out/attention", "a checkpoint or run with attention layers, a Llama of Hugging Face too")
+    student: str = flag("", "the student of an earlier stage, to go on with; empty makes one from the teacher")
     keep_attention: float = flag(0.25, "share of the layers that stay attention, evenly spread")
-    layer: str = flag("mamba2", "what the others become: mamba2 or mamba")
-    init: str = flag("attention", "new mixers from attention, random mixers, or all from scratch: attention, random, scratch")
-    stage: str = flag("all", "align and mixers train the new mixers only, the rest stays frozen; all trains everything")
+    layer: str = flag("mamba2", "what the other layers become: mamba2 or mamba")
+    init: str = flag("attention", "new mixers from attention, or random; or scratch: all weights new")
+    stage: str = flag("all", "align and mixers train the new mixers, all else is frozen; all trains everything")
     kl: float = flag(1.0, "weight of KL(teacher || student)")
-    reverse_kl: float = flag(0.0, "weight of KL(student || teacher), as in M1")
-    ce: float = flag(0.0, "weight of the data's own cross entropy; with --pseudo, of the teacher's samples'")
-    pseudo: str = flag("", "train on this file, which the teacher wrote (sample.py --raw), and validate on --data")
+    reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
+    ce: float = flag(0.0, "weight of the cross entropy of what is trained on")
+    pseudo: str = flag("", "train on this file, which the teacher wrote (sample.py --raw); --data validates")
 
 
 LIFELONG = ("teacher", "student", "keep_attention", "layer", "init", "stage")  # fixed for a run's whole life
@@ -62,24 +64,24 @@ LIFELONG = ("teacher", "student", "keep_attention", "layer", "init", "stage")  #
 
 
 def keeps_attention(i, share):
-    """Whether layer i stays attention: the last of every 1/share layers up to one half, all but the first of every
-    1/(1 - share) above, so that the layers kept by a smaller share are kept by a larger one (section 3.3's interleaving)."""
+    """Whether layer i stays attention: up to a half the last of every 1/share layers, above it all but the first of every
+    1/(1 - share), as the paper interleaves. What a smaller share keeps, a larger one keeps too."""
     if share <= 0.5:
         return share > 0 and (i + 1) % round(1 / share) == 0
     return share == 1 or i % round(1 / (1 - share)) != 0
 
 
 def student_config(c, layer, share):
-    """The Config c with attention replaced where it is not kept; sizes as the map wants them."""
+    """The Config c with attention replaced where it is not kept, in the sizes that the map wants."""
     size = c.d_model // c.n_head
     shape = {"mamba2": {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head},
              "mamba": {"expand": 1, "d_state": 16}}[layer]
+    wrong = ", ".join(f"{name} {getattr(c, name)}, not {n}" for name, n in shape.items() if getattr(c, name) != n)
+    if wrong and not all(name.startswith("attention") for name in c.layers):
+        raise ConfigError(f"--layer {layer}: the state-space layers that are there already have {wrong}; "
+                          "take the --layer they were made with")
     layers = [name if keeps_attention(i, share) else name.replace("attention", layer) for i, name in enumerate(c.layers)]
-    changed = {k: v for k, v in shape.items() if getattr(c, k) != v}
-    if changed and any(not name.startswith("attention") for name in c.layers):
-        raise ConfigError(f"the state-space layers there have {', '.join(f'{k} {getattr(c, k)}' for k in changed)}, new ones "
-                          f"would have {', '.join(f'{k} {v}' for k, v in changed.items())}; use the --layer they were made with")
-    return dataclasses.replace(c, layers=tuple(layers), **shape)
+    return dataclasses.replace(c, layers=layers, **shape)
 
 
 def input_rows(mixer):
@@ -126,10 +128,12 @@ def make_student(source, layer, share, init):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages: which parameters train, and the table that says so
 #
-# align     new mixers      each meets its attention layer's output, both reading what the teacher's layer reads: our own
-#                           first stage, cheap, since layers do not wait for each other and no head is computed
-# mixers    new mixers      the released stage 1: kl and ce on text that the teacher wrote (--pseudo, --kl 0.1 --ce 1)
-# all       everything      end to end; also stepwise, each student (--student) the beginning of one with less attention
+# align    new mixers   each learns its attention layer's output, both reading what the teacher's layer reads: a first
+#                       stage of our own, since layers do not wait for each other and the student needs no MLP, no head
+# mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
+# all      everything   end to end; stepwise where --student has more attention than --keep_attention leaves
+#
+# What the screen and log.jsonl call train_bpb is the stage's loss over ln 2; val_bpb is the student's own, as in train.py.
 
 
 def freeze(student, stage, mixers):
@@ -148,35 +152,36 @@ def inventory(student, new, init):
         rows[key] = rows.get(key, 0) + count
 
     for name, p in student.named_parameters():
-        _, i, _, kind, *_ = (name + "...").split(".")
         if ".mixer." not in name:
             add("MLP" if ".mlp." in name else "embedding, norms, head", p.numel(), True, p)
             continue
+        _, i, _, kind, *_ = name.split(".")
         mixer, old = student.layers[int(i)].mixer, int(i) not in new
         if hasattr(mixer, "q_proj"):
             add("attention", p.numel(), True, p)
-        elif kind == "in_proj":
-            for part, w in input_rows(mixer).items():
-                arrow = f"{SOURCE[part][0].upper()} -> {part}" if part in SOURCE else "gate, dt, A, D, convolution, norm"
-                add(arrow, w.numel(), old or init == "attention" and part in SOURCE, p)
         elif kind == "out_proj":
             add("O -> out_proj", p.numel(), old or init == "attention", p)
         else:
-            add("gate, dt, A, D, convolution, norm", p.numel(), old, p)
+            parts = input_rows(mixer) if kind == "in_proj" else {kind: p}
+            for part, w in parts.items():
+                known = part in SOURCE
+                label = f"{SOURCE[part][0].upper()} -> {part}" if known else "z, dt, A, D, convolution, norm"
+                add(label, w.numel(), old or known and init == "attention", p)
     return [(part, count, origin, fate) for (part, origin, fate), count in sorted(rows.items())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses, in nats a position: the mean over positions, where the released code adds them up and divides by windows alone,
-# so that its KL begins at 20,000 and a weight means something else for every window length
+# Losses, in nats a position. The released code adds up a window's positions and divides by windows alone: its KL begins
+# at 20,000, and a weight means something else for every window length. Here everything is a mean over positions.
 
 
 class _Match(torch.autograd.Function):
-    """kl KL(q || p) + reverse_kl KL(p || q) + ce (-log p[target]),  p = softmax(student), q = softmax(teacher).
+    """kl KL(q || p) + reverse_kl KL(p || q) - ce log p[target],   p = softmax(student), q = softmax(teacher).
 
-    student, teacher (b, l, v), targets (b, l). Value and gradient in one pass over each window; with r = log p - log q,
-        d KL(q || p) = p - q,     d KL(p || q) = p (r - KL(p || q)),     d(-log p[target]) = p - onehot(target),
-    so that one tensor as large as the logits is kept, where autograd would keep five.
+    The reverse divergence is M1's (2504.10449). student, teacher (b, l, v), targets (b, l) -> a number. Value and gradient
+    in one pass over each window: with r = log p - log q, and in the student's logits,
+        d KL(q || p) = p - q,     d KL(p || q) = p (r - KL(p || q)),     -d log p[target] = p - onehot(target).
+    One tensor of the size of the logits is kept for backward, where autograd would keep five.
     """
 
     @staticmethod
@@ -216,15 +221,16 @@ match = _Match.apply
 
 def align_loss(student, layers, read, wanted):
     """The mean over layers of |mixer(norm(x)) - y|^2 / |y|^2: y is what the attention layer answered to what it read."""
-    losses = [(student.layers[i].mixer(x)[0] - y).square().mean() / y.square().mean() for i, x, y in zip(layers, read, wanted)]
-    return torch.stack(losses).mean()
+    each = [(student.layers[i].mixer(x)[0] - y).square().mean() / y.square().mean()
+            for i, x, y in zip(layers, read, wanted)]
+    return torch.stack(each).mean()
 
 
 def dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=0.1):
-    """Direct preference optimization (Rafailov et al. 2023, eq. 7), the paper's third stage: -log sigmoid(beta margin).
+    """-log sigmoid(beta (log pi/pi_ref (chosen) - log pi/pi_ref (rejected))): DPO (Rafailov et al. 2023, equation 7).
 
-    margin = log pi(chosen)/pi_ref(chosen) - log pi(rejected)/pi_ref(rejected), of log-probabilities (b,) of whole answers.
-    The paper writes the teacher as reference; its code takes the student as it was before this stage.
+    The paper's third stage. Each argument is log-probabilities (b,) of whole answers; the paper writes the teacher as
+    reference, its code takes the student as it was before this stage.
     """
     margin = (chosen - chosen_reference) - (rejected - rejected_reference)
     return -F.logsigmoid(beta * margin).mean()
@@ -275,19 +281,25 @@ def load_causal(name, path, device, dtype):
 
 def load_teacher(path, device, dtype):
     teacher = load_causal("teacher", path, device, dtype)
-    if not any(layer.startswith("attention") for layer in teacher.config.layers):
-        raise CheckpointError(f"--teacher {path} has no attention among its layers, {', '.join(set(teacher.config.layers))}; "
+    kinds = ", ".join(sorted(set(teacher.config.layers)))
+    if "attention" not in kinds:
+        raise CheckpointError(f"--teacher {path} has no attention layer but {kinds}; "
                               "train one: python train.py --layer attention --out out/attention")
     return teacher
 
 
 def load_source(path, teacher, device, dtype):
-    """The student of an earlier stage: it must fit the teacher but for its mixers."""
+    """The student of an earlier stage, which must fit its teacher but for the mixers."""
     source = load_causal("student", path, device, dtype)
-    for name, shape in (("layers", lambda c: len(c.layers)), *((n, operator.attrgetter(n)) for n in ("vocab", "d_model", "n_head"))):
-        if shape(source.config) != shape(teacher.config):
-            raise CheckpointError(f"--student {path} has {name} {shape(source.config)}, the teacher {shape(teacher.config)}")
+    ours, theirs = ({"n_layer": len(m.layers), **vars(m.config)} for m in (source, teacher))
+    for name in ("n_layer", "vocab", "d_model", "n_head"):
+        if ours[name] != theirs[name]:
+            raise CheckpointError(f"--student {path} has {name} {ours[name]}, the teacher {theirs[name]}")
     return source
+
+
+def load_text(name, vocab):
+    return load_corpus(name) if vocab == 256 else load_tokens(name, vocab)
 
 
 def run(argv):
@@ -300,9 +312,10 @@ def run(argv):
         raise ConfigError("--stage align runs in one process; start it without torchrun")
     dtype, _ = pick_dtype(c.dtype, device)
     teacher = load_teacher(c.teacher, device, dtype)
-    corpus = load_corpus(c.data)
+    corpus = load_text(c.data, teacher.config.vocab)
     if c.pseudo:
-        corpus = corpus._replace(train=load_corpus(c.pseudo).train, note=f"trains on {c.pseudo} instead")
+        text = load_text(c.pseudo, teacher.config.vocab).train
+        corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
     torch.manual_seed(c.seed)
     source = teacher if resumed or not c.student else load_source(c.student, teacher, device, dtype)
     student, extra = resumed or (make_student(source, c.layer, c.keep_attention, c.init), {})

@@ -470,7 +470,7 @@ def report(result, val, c):
           f"{result['val_accuracy']:.1%} guessed right")
     if result["val_bpb_carried"] is not None:
         print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
-    if not callable(val) and c.objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
+    if getattr(val, "dtype", None) == np.uint8 and c.objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
         print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
     sys.stdout.flush()
 

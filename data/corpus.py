@@ -301,6 +301,25 @@ def load_corpus(name: str, cache: Path = CACHE) -> Corpus:
     raise DataError(f"--data {name}: {found}, and the known names are python, {', '.join(DOWNLOADS)}")
 
 
+def load_tokens(name: str, vocab: int) -> Corpus:
+    """A file of token ids below `vocab`, the last 10 % of which validate. DataError for any other.
+
+    .npy holds uint16 or uint32 and says which; .bin is nothing but the ids, uint16 if `vocab` fits, else uint32.
+    """
+    try:
+        raw = np.uint16 if vocab <= 1 << 16 else np.uint32
+        data = np.load(name, mmap_mode="r") if name.endswith(".npy") else np.memmap(name, raw, mode="r")
+    except (OSError, ValueError) as problem:
+        raise DataError(f"--data {name}: {problem}; a model of {vocab:,} tokens reads a file of token ids, "
+                        ".npy or .bin of uint16 or uint32") from problem
+    if data.ndim != 1 or data.dtype not in (np.uint16, np.uint32) or len(data) < 2:
+        raise DataError(f"--data {name} holds {data.dtype} of shape {data.shape}, expected uint16 or uint32 in one row")
+    if data.max() >= vocab:
+        raise DataError(f"--data {name} has token id {data.max():,}, but the model knows {vocab:,}; "
+                        "it was made with another tokenizer, or .bin with ids of another size: write .npy")
+    return split(name, data, f"{len(data):,} token ids, the last 10 % validate; a byte is a token below")
+
+
 def windows(data: np.ndarray, length: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The windows of one training step, (batch, length) int64. DataError if the data is shorter than one window.
 

@@ -6,6 +6,7 @@
     decode    bytes/s of writing, against the same, and ms per byte as the context grows
     robust    bits per byte under noise, and far beyond the training length, of two trained models
     published loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
+    distill   a transformer, its students, and the same students without it: bits per byte, speed, memory
     figures   assets/*.svg from the JSON files that the others wrote
 
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
@@ -17,10 +18,12 @@ mambapy and transformers are optional; a path that cannot run says why in its ro
 """
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -38,13 +41,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.corpus import load_corpus
+import distill
+import train
+from data.corpus import load_corpus, windows
 from data.noise import corrupt
+from distill import freeze, make_loss, make_student, replaced
 from model import LM, Block, Config, ConfigError, Mamba, Mamba2, load, save
 from sample import compile_step, filter_logits, generate, prefill
 from scan import selective_scan, ssd
-from train import (by_position, evaluate, flag, keep_memory, parse, pick_device, run_script, sliding_bpb, window_nats,
-                   word_perplexity)
+from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
+                   run_script, sliding_bpb, train_step, window_nats, word_perplexity)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -497,17 +503,22 @@ def make_decode(path, count, d_model, n_layer, compiled, device):
     return functions
 
 
+def write_after(model, tokens, count):
+    """A function that draws count bytes after tokens, which are read in the first call: the others rest meanwhile."""
+    def step(token, state):
+        logits, state = model(token, state)
+        return logits[:, -1], state
+
+    return write(step, functools.cache(lambda: prefill(model, tokens)), count)
+
+
 def make_context(path, context, count, d_model, n_layer, device):
     """count bytes after a context, whose state every call begins from; attention's window is unlimited."""
     model, _ = language_model(path, d_model, n_layer)
     model.to(device).eval()
     tokens = torch.randint(256, (1, context), device=device)
 
-    def step(token, state):
-        logits, state = model(token, state)
-        return logits[:, -1], state
-
-    return write(step, functools.cache(lambda: prefill(model, tokens)), count)  # read in the first call: others rest
+    return write_after(model, tokens, count)
 
 
 def bench_decode(c):
@@ -610,6 +621,137 @@ def bench_published(c):
         return compare("published", {"weights_mb": round(size / 1e6)}, [
             Cell("load", make_published, args), Cell("weights read once", make_published, {**args, "path": "read"}, work=1),
             Cell("mamba", make_published, {**args, "path": "write"}, work=1)], c)
+# ---------------------------------------------------------------------------------------------------------------------
+# distill: a transformer, its students, and the same students without it
+#
+# Every model is a run in a folder of its own, which a second call goes on with: after Ctrl-C only give the command again.
+
+SHARES = (0.5, 0.25, 0.125, 0.0)  # of the layers that stay attention
+RUNS = Path("out/bench_distill")
+
+
+def distillation_runs(root, quick):
+    """(folder, script, flags) of every run, in an order in which they can be made.
+
+    A student reads a fifth of its teacher's bytes: a quarter of them to align its layers, the others end to end. From
+    scratch it reads as many, or half as many more, which takes longer than distillation with the teacher's reading.
+    """
+    data, shape = "--data shakespeare --seq_len 256", "--n_layer 8 --d_model 64 --n_head 2 --batch_size 16 --steps 600"
+    align, rest, batch = 60, 180, 8
+    if quick:
+        data, shape = f"--data {Path(__file__)} --seq_len 16", "--n_layer 2 --d_model 16 --n_head 2 --batch_size 4 --steps 8"
+        align, rest, batch = 2, 4, 2
+    runs = [(root / "teacher", train, f"--layer attention {shape} --lr 3e-3 {data}")]
+    for share in SHARES:
+        student = f"--teacher {root / 'teacher'} --keep_attention {share} --batch_size {batch} {data}"
+        for init in ("attention", "random"):
+            done = root / f"{share}_{init}"
+            runs.append((aligned(done), distill, f"{student} --init {init} --stage align --lr 5e-3 --steps {align}"))
+            runs.append((done, distill, f"{student} --student {aligned(done)} --lr 3e-3 --steps {rest}"))
+        scratch = f"{student} --init scratch --kl 0 --ce 1 --lr 3e-3"
+        runs.append((root / f"{share}_scratch", distill, f"{scratch} --steps {align + rest}"))
+        runs.append((root / f"{share}_scratch_longer", distill, f"{scratch} --steps {3 * (align + rest) // 2}"))
+    return runs
+
+
+def aligned(folder):
+    """The run of a student's first stage."""
+    return folder.with_name(folder.name + "_aligned")
+
+
+def stages(folder):
+    """The last lines of the logs of a model's stages."""
+    logs = [f / "log.jsonl" for f in (aligned(folder), folder)]
+    return [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
+
+
+def make_run(folder, script, flags):
+    """Train what is not trained yet: only a run's end validates, and so writes best.pt."""
+    if (folder / "best.pt").exists():
+        return
+    print(f"\n{folder.name}", flush=True)
+    resume = ["--resume"] * (folder / "last.pt").exists()
+    if status := script.main([*flags.split(), "--out", str(folder), *resume]):
+        raise SystemExit(status)  # stopped, or what is wrong has been said
+
+
+def describe_run(folder):
+    """A row: bits per byte at the end, bytes and seconds of all stages, recall."""
+    model, extra = load(folder)
+    done, val = stages(folder), load_corpus(extra["flags"]["data"]).val
+    gaps = (64, 1024) if "scratch" not in folder.name else ()
+    row = {"table": "distillation", "model": folder.name, "parameters": sum(p.numel() for p in model.parameters()),
+           "val_bpb": done[-1]["val_bpb"], "bytes": sum(stage["bytes"] for stage in done),
+           "seconds": sum(stage["seconds"] for stage in done), "recall": {gap: recall(model, val, gap) for gap in gaps}}
+    print(f"  {folder.name:28}{row['val_bpb']:8.4f}{row['bytes']:12,}{row['seconds']:8.0f}"
+          + "".join(f"{bits:10.3f}" for bits in row["recall"].values()), flush=True)
+    return row
+
+
+@torch.inference_mode()
+def recall(model, val, gap, count=32, size=64, cue=16):
+    """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has stood
+    gap bytes before, against another passage having stood there."""
+    once, other = (torch.from_numpy(windows(val, size, count, 0, step)) for step in (0, 1))
+    between, bits = torch.from_numpy(windows(val, gap, count, 0, 2)), []
+    for first in (other, once):
+        logits, _ = model(torch.cat([first, between, once], dim=1))
+        bits.append(F.cross_entropy(logits[:, cue - size - 1:-1].flatten(0, 1), once[:, cue:].flatten()).item() / math.log(2))
+    return bits[0] - bits[1]
+
+
+def make_distillation(path, share, b, l, d_model, n_layer, device):
+    """A step of the student: of plain training, or of a stage of distillation, the teacher's reading included."""
+    teacher = LM(Config(("attention+mlp",) * n_layer, d_model, n_head=2, n_kv_head=2, window=l)).to(device).eval()
+    student = make_student(teacher, "mamba2", share, "attention").to(device).train()
+    c, mixers = distill.Flags(stage="align" if path == "align" else "all"), replaced(student, teacher)
+    freeze(student, c.stage, mixers)
+    loss_of = prediction_loss if path == "training" else make_loss(c, teacher, mixers)
+    optimizer, batch = make_optimizer(student, c.lr, c.weight_decay), torch.randint(256, (b, 2, l), device=device)
+    return {"step": lambda: train_step(student, optimizer, batch, c, contextlib.nullcontext(), c.lr, loss_of)}
+
+
+def unlimited(folder, device="cpu"):
+    """A run's model, attention seeing all that was read."""
+    model, _ = load(folder, device)
+    wide = LM(dataclasses.replace(model.config, window=0)).to(device).eval()
+    wide.load_state_dict(model.state_dict())
+    return wide
+
+
+def make_run_context(path, root, context, count, device):
+    """count bytes after a context, by a run's model."""
+    return write_after(unlimited(Path(root) / path, device), torch.randint(256, (1, context), device=device), count)
+
+
+def state_mb(folder, context):
+    """What a model keeps after context bytes."""
+    _, state = prefill(unlimited(folder), torch.randint(256, (1, context)))
+    return sum(t.numel() * t.itemsize for layer in state for t in layer) / 1e6
+
+
+def bench_distill(c):
+    """The README's table: see distillation_runs; then speed and memory of writing, and the price of a step."""
+    root = Path(tempfile.mkdtemp()) if c.quick else RUNS
+    size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2} if c.quick else {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
+    rows, names = [], ["teacher", *(f"{share}_attention" for share in SHARES)]
+    for run in distillation_runs(root, c.quick):
+        make_run(*run)
+    print(f"\n  {'':28}{'val_bpb':>8}{'bytes':>12}{'s':>8}   recall at 64, 1,024")
+    rows += [describe_run(run[0]) for run in distillation_runs(root, c.quick) if not run[0].name.endswith("aligned")]
+    for share in SHARES:
+        cells = [Cell(p, make_distillation, {"path": p, "share": share, **size}, kind, size["b"] * size["l"])
+                 for kind in kinds_of_memory(c, "kept") for p in ("training", "align", "all")]
+        rows += compare("distillation step", {"share": share}, cells, c)
+    for context in (16,) if c.quick else (256, 2048, 8192):
+        cells = [Cell(n, make_run_context, {"path": n, "root": str(root), "context": context, "count": 32}, work=32)
+                 for n in names]
+        found = compare("writing after a context", {"context": context}, cells, c)
+        for row in found:
+            row["state_mb"] = state_mb(root / row["path"], context)
+        print("    state MB: " + ", ".join(f"{row['path']} {row['state_mb']:.2f}" for row in found), flush=True)
+        rows += found
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,7 +813,7 @@ def figures():
 # The command line
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
-              "robust": bench_robust, "published": bench_published}
+              "robust": bench_robust, "published": bench_published, "distill": bench_distill}
 
 
 def hardware():

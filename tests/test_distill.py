@@ -3,9 +3,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ import distill
 import model
 import sample
 import train
+from data.corpus import load_tokens
 from distill import align_loss, copy_attention, dpo_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
 from model import LM, Config, load
 from scan import ssd
@@ -415,10 +418,12 @@ def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, corpus
 
 
 def test_models_that_do_not_fit(teacher, corpus, tmp_path, capsys):
-    """A teacher without attention, a student of another shape, state-space layers of two kinds, another script's run."""
+    """A teacher without attention, an encoder, a student of another shape, state-space layers of two kinds, another script's run."""
     model.save(tmp_path / "ssm.pt", LM(Config(("mamba2",), d_model=16, head_dim=8)))
     refused(capsys, argv(tmp_path / "ssm.pt", corpus, tmp_path / "run"), "ssm.pt", "no attention", "mamba2")
-    for name, changes in {"d_model": {"d_model": 32}, "layers": {"layers": ("attention+mlp",) * 3}, "vocab": {"vocab": 300},
+    model.save(tmp_path / "encoder.pt", model.make_model(Config(("attention",), d_model=16, n_head=2, n_kv_head=2, vocab=257, block="gated")))
+    refused(capsys, argv(tmp_path / "encoder.pt", corpus, tmp_path / "run"), "encoder.pt", "Encoder", "causal")
+    for name, changes in {"d_model": {"d_model": 32}, "n_layer": {"layers": ("attention+mlp",) * 3}, "vocab": {"vocab": 300},
                           "n_head": {"n_head": 4, "n_kv_head": 4}}.items():
         config = dataclasses.replace(load(teacher)[0].config, **changes)
         model.save(tmp_path / f"{name}.pt", LM(config))
@@ -435,3 +440,73 @@ def test_a_run_keeps_its_teacher_and_its_shape(teacher, corpus, tmp_path, capsys
     for name, value in (("keep_attention", 0.5), ("stage", "align"), ("layer", "mamba"), ("init", "random")):
         refused(capsys, ["--out", tmp_path / "run", "--resume", f"--{name}", value], f"--{name}", "another --out")
     assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 2
+
+
+# Llama, on token ids
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama 3 of transformers with random weights: grouped queries, rotary scaling, a tied head, in several files."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=331, hidden_size=24, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=29, rope_theta=500.0, rope_scaling=scaling, tie_word_embeddings=True))
+    folder = tmp_path_factory.mktemp("llama")
+    peer.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Token ids beyond a byte, two of which follow each other with certainty."""
+    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
+    np.save(path, (np.arange(3000) * 7 % 331).astype(np.uint16))
+    return path
+
+
+def test_a_llama_is_distilled_on_token_ids(llama, tokens, tmp_path, capsys):
+    """The student keeps Llama's attention in a quarter of the layers, its rotary scaling and its tied head."""
+    log, student = go(llama, tokens, tmp_path / "run", "--steps", 40, "--kl", 0.5, "--ce", 0.5, "--lr", 0.01)
+    c = student.config
+    assert [layer[:6] for layer in c.layers] == ["mamba2"] * 3 + ["attent"] and c.tie and c.rope_scaling[0] == 8
+    assert (c.n_kv_head, c.n_group, c.head_dim, c.d_state, c.vocab) == (2, 6, 4, 4, 331)
+    assert losses(log)[-1] < losses(log)[0] and "token ids" in capsys.readouterr().out
+    teacher = load(llama)[0]
+    ids = torch.randint(331, (1, 40))
+    assert torch.equal(make_student(teacher, "mamba2", 1, "attention")(ids)[0], teacher(ids)[0])
+    attention, mixer = teacher.layers[0].mixer, make_student(teacher, "mamba2", 0, "attention").layers[0].mixer
+    assert torch.equal(input_rows(mixer)["B"][8:12], attention.k_proj.weight[:4])  # the third query's key is the first
+
+
+def test_token_files(llama, tokens, tmp_path, capsys):
+    """.bin is what .npy is without its header; ids the model does not know, other types and text are refused."""
+    ids = np.load(tokens)
+    ids.tofile(tmp_path / "ids.bin")
+    for vocab in (331, 70_000):
+        np.save(tmp_path / "wide.npy", ids.astype(np.uint32))
+        for name in ("ids.bin",) * (vocab == 331) + ("wide.npy",):
+            corpus = load_tokens(str(tmp_path / name), vocab)
+            assert np.array_equal(np.concatenate([corpus.train, corpus.val]), ids) and len(corpus.val) == 300
+    (ids.astype(np.uint32)).tofile(tmp_path / "wide.bin")
+    assert np.array_equal(load_tokens(str(tmp_path / "wide.bin"), 70_000).train, ids[:2700])
+    np.save(tmp_path / "float.npy", np.zeros(9))
+    np.save(tmp_path / "high.npy", np.array([1, 331, 2], np.uint16))
+    (tmp_path / "text.npy").write_text("To be, or not to be")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for name, part in {"float.npy": "float64", "high.npy": "331", "text.npy": "text.npy", "empty.bin": "empty.bin",
+                       "none.bin": "none.bin"}.items():
+        refused(capsys, argv(llama, tmp_path / name, tmp_path / "run"), f"--data {tmp_path / name}", part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_llama_with_a_missing_file_is_refused(llama, tokens, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "llama")
+    gone = sorted((tmp_path / "llama").glob("*.safetensors"))[1]
+    gone.unlink()
+    refused(capsys, argv(tmp_path / "llama", tokens, tmp_path / "run"), gone.name)
+    (tmp_path / "llama" / "config.json").unlink()
+    refused(capsys, argv(tmp_path / "llama", tokens, tmp_path / "run"), tmp_path / "llama")

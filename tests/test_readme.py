@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import distill
 import sample
 import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags}
+FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags, "distill.py": distill.Flags}
 
 
 def commands(script):
@@ -63,3 +64,16 @@ def test_sampling_commands_run(args, tmp_path, capsysbinary):
     prompt = [] if "prompt_file" not in given else ["--prompt_file", str(text)]
     cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu", *prompt]
     assert sample.main([a for a in args if a != "--compile"] + cut) == 0
+
+
+@pytest.mark.parametrize("args", commands("distill.py"), ids=" ".join)
+def test_distilling_commands_run(args, tmp_path):
+    """Each on a small teacher in place of its own, and as if it were the first stage."""
+    text = tmp_path / "me.txt"
+    text.write_bytes(b"to be or not to be " * 20)
+    small = {"data": text, "steps": 1, "seq_len": 8, "batch_size": 2, "device": "cpu"}
+    cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
+    assert train.main([*"--layer attention --d_model 16 --n_layer 8 --n_head 2 --out".split(), str(tmp_path / "run"), *cut]) == 0
+    given = distill.parse(distill.Flags, args, "")[1]
+    cut += ["--teacher", str(tmp_path / "run"), "--out", str(tmp_path / "student"), "--student", ""]
+    assert distill.main(args + cut + (["--pseudo", str(text)] if "pseudo" in given else [])) == 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import distill
 import sample
 import train
 from model import LM, Config, load
@@ -497,7 +498,7 @@ def test_an_out_folder_that_cannot_be_made(corpus, tmp_path, capsys):
 
 
 def test_help_mentions_every_flag_with_its_default(capsys):
-    for script, flags in ((train, train.Flags), (sample, sample.Flags)):
+    for script, flags in ((train, train.Flags), (sample, sample.Flags), (distill, distill.Flags)):
         with pytest.raises(SystemExit) as done:
             script.main(["-h"])
         assert done.value.code == 0
