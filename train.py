@@ -419,11 +419,12 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
 
 
 @torch.inference_mode()
-def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcontext()):
+def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcontext(), piece=512):
     """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
 
     The mean over windows is the loss by position; with stride = length / 2 the second halves, and all of the first window,
     are what MambaByte reports: no byte is scored with less than half a window before it, and none twice.
+    A window is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -432,10 +433,13 @@ def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcon
     for part in tqdm(range(0, len(starts), batch_size), desc="sliding", leave=False, disable=None):
         index = starts[part:part + batch_size, None] + np.arange(length)
         tokens, targets = (torch.from_numpy(t[index].astype(np.int64)).to(device) for t in (read, data))
-        with cast:
-            logits, _ = model(tokens)
-        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        rows.append(F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).cpu())
+        nats, state = [], None
+        for x, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
+            with cast:
+                logits, state = model(x, state)
+            logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").view_as(y).cpu())
+        rows.append(torch.cat(nats, dim=1))
     return torch.cat(rows) if rows else torch.empty(0, length)
 
 
