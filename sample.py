@@ -134,6 +134,44 @@ def compile_step(model, token):
     return step
 
 
+@torch.inference_mode()
+def capture_step(step, token, state):
+    """One token's step recorded as a CUDA graph: its kernels follow one another without Python, and with the same bits.
+
+    The state lives in buffers of the graph's own: a call overwrites the state and logits that the last one returned,
+    and copies in a state that came from elsewhere. Under autocast, call it within the context it was captured in, which
+    keeps the narrowed weights.
+    """
+    token, own = token.clone(), tuple(type(s)(*(t.clone() for t in s)) for s in state)
+
+    def copy_in(state):
+        torch._foreach_copy_([t for s in own for t in s], [t for s in state for t in s])
+
+    def advance():
+        logits, state = step(token, own)
+        copy_in(state)
+        return logits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what libraries set up in their first calls must not be recorded
+        for _ in range(3):
+            advance()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = advance()
+
+    def captured(next_token, state):
+        if state is not own:
+            copy_in(state)
+        token.copy_(next_token)
+        graph.replay()
+        return logits, own
+
+    return captured
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Speculative sampling: a cheap drafter guesses k bytes, one call of the model looks at all of them
 #
@@ -540,6 +578,8 @@ def run(argv):
                 write_speculated(model, tokens, law, generator, prompt, c, drafter, show)
                 return 0
             step = compile_step(model, tokens[:, :1]) if c.compile else model
+            if device.type == "cuda" and model.recurrent:
+                step = capture_step(step, tokens[:, :1], model(tokens[:, :1])[1])
             write(generate(model, tokens, c.bytes, law, generator, step), prompt, c, show)
     except (KeyboardInterrupt, BrokenPipeError) as e:  # Ctrl-C, or a reader such as head that has seen enough
         sys.stdout = None if isinstance(e, BrokenPipeError) else sys.stdout  # nothing is left to flush it into

@@ -738,29 +738,28 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # What moves is a row a step: x, dt, B and C in, y out.
 #
 # Forward takes the three steps of section 2. (1) Walk every chunk from zero: what it adds to the state that enters it.
-# (2) Carry: a chunk's decay, the product of its exp(dt_t A), is exp(A sum dt), so that a plain scan over the chunks gives
-# the states that truly enter. (3) Walk every chunk from its own. So one long sequence fills the GPU as well as many short
-# ones do; where batch and channels alone fill it, (1) and (2) are left out.
+# (2) Carry: a chunk's decay, the product of its exp(dt_t A), is exp(A sum dt), so a plain scan over the chunks gives
+# the states that truly enter. (3) Walk every chunk from its own. So one long sequence fills the GPU as many short ones
+# do; where batch and channels alone fill it, (1) and (2) are left out.
 #
-# Backward, with g_t = dL/dh_t in total and w_t = dL/d(dt_t A) as in section 4. What travels is q_t = a_t g_t, for it obeys
-# a recurrence of the same kind, from the last step to the first:
+# Backward, with g_t = dL/dh_t in total and w_t = dL/d(dt_t A) as in section 4. What travels is q_t = a_t g_t: it obeys
+# a recurrence of the same kind, from the last step to the first, so (1) and (2) find the q that enters from behind.
 #     g_t = C_t dy_t + q_{t+1}        q_t = a_t (C_t dy_t + q_{t+1})        w_t = q_t h_{t-1}        dh0 = q_0
-# so (1) and (2) find the q that enters each chunk from behind. (3) needs the last h_{t-1} first. Forward kept a state a
-# chunk; a walk through the chunk puts every fourth state into a store of the program's own, small enough for the cache;
-# and the four steps from there are a recursion four deep: forward on the way in, backward on the way out. Its call stack
-# holds h and a, and the compiler lays it into registers. It costs three exponentials a state where one would do, had
-# the states room to stay.
+# (3) needs the last h_{t-1} first. Forward kept a state a chunk; a walk through the chunk puts every fourth state into a
+# store of the program's own, small enough for the cache; and the four steps from there are a recursion four deep, whose
+# call stack, h and a, the compiler lays into registers: forward on the way in, backward on the way out.
 #
-#     the floor      Exponentials: a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock, beside 64 or 128
-#                    multiply-adds, of which a state's step needs 3 forward and about 12 backward. b l d n of them once
-#                    or twice forward, three times backward. Memory: 3 b l d numbers forward, 5 backward, one more for
-#                    the first walk of each. At n = 16 a GPU is near both.
-#     registers      Triton lays a tile (states, dim) over the threads along d first. Forward one channel a thread and
-#                    its states beside each other: y is a sum inside the thread. Backward also sums over d, for dB and
-#                    dC, so there a thread has 4 neighbouring channels, loads them as 16 bytes, and both sums cross few
-#                    threads. That is what alignment decides: a tile known to be aligned is loaded 4 numbers a thread.
+#     the floor      b l d n exponentials, of which a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock
+#                    beside 128 other instructions; and 3 b l d numbers through memory forward, 8 forward and backward.
+#                    We take an exponential once or twice forward and three times backward, recomputing what would
+#                    cost more to keep. In the loops stand 9 instructions an exponential forward, 6 in (1), 7 and 36
+#                    in the two of backward: it is bound by instructions, the others nearly by exponentials.
+#     registers      Triton lays a tile (states, dim) over the threads along d first. Forward a thread has one channel
+#                    with up to 16 states: y is a sum inside it. Backward also sums over d, for dB and dC, so there a
+#                    thread has 4 neighbouring channels and 2 states, and both sums cross few threads. Alignment decides
+#                    it: of a tile known to be aligned a thread loads 16 bytes at once.
 #     what is kept   A state a chunk, and dB and dC in parts, one a group of channels. Chunks and groups grow with n, so
-#                    that neither takes more than half of x's memory.
+#                    that at any n neither takes more than half of x's memory in float32.
 #     deterministic  No atomics: parts are added up in a fixed order.
 #     edges          Rows past a sequence's end read as zero: dt = x = 0 leaves h as it is, and dy = C = 0 q. Rows are
 #                    counted in int64, as d times a row may pass 2^31. d and n are compiled in: addresses then differ by
@@ -772,7 +771,7 @@ LOG2E = math.log2(math.e)
 
 
 def _kernel(*unaligned):
-    """triton.jit; without Triton f stays as it is and nobody calls it. Of unaligned tiles a thread loads single numbers."""
+    """triton.jit, which without Triton is nothing; of the tiles named here a thread loads single numbers."""
     if triton is None:
         return lambda f: f
     return triton.jit(do_not_specialize=["b", "l", "size", "width"], do_not_specialize_on_alignment=list(unaligned))
@@ -832,8 +831,9 @@ def _ends_kernel(x, dt, A, B, ends, total, l, d: tl.constexpr, n: tl.constexpr, 
 
 
 @_kernel()
-def _forward_steps(h, A, D, x, dt, B, C, y, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
-    """A recursion over steps: all loads on the way in and all stores on the way out, for no load may overtake a store."""
+def _forward_steps(h, A, D, x, dt, B, C, y, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr,
+                   STEPS: tl.constexpr):
+    """A recursion over steps: loads on the way in, stores on the way out, for no load may overtake a store."""
     h, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, stop, at_d, at_n, d, n)
     C_t = _row(C, row, stop, at_n, n).to(h.dtype)
     y_t = tl.sum(C_t[:, None] * h, 0) + D * x_t
@@ -846,7 +846,7 @@ def _forward_steps(h, A, D, x, dt, B, C, y, row, stop, at_d, at_n, d: tl.constex
 @_kernel("A", "kept")
 def _forward_kernel(x, dt, A, B, C, D, kept, y, l, size, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr,
                     dim: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
-    """(3) y over size steps, a chunk or the whole length, from the state in kept, where every chunk's first state goes."""
+    """(3) y over size steps, a chunk or the whole length, from the state in kept, where those before chunks go."""
     blocks, pieces, rows = tl.cdiv(d, dim), tl.cdiv(l, size), tl.cdiv(l, CHUNK) + 1
     piece = (tl.program_id(0) // blocks).to(tl.int64)
     batch, first = piece // pieces, piece % pieces * size
@@ -892,11 +892,11 @@ def _there_and_back(h, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row, s
 def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, dC, dD, b, l, d: tl.constexpr,
                      n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr, BLOCKS: tl.constexpr,
                      CHUNK: tl.constexpr, STEPS: tl.constexpr):
-    """(3) All gradients of a chunk and a group of BLOCKS blocks of channels, one after the other; then of the next chunk
-    and group that nobody has taken, so that there are no more stores than programs.
+    """(3) All gradients of a chunk and a group of BLOCKS blocks of channels, block after block.
 
-    starts holds the h before each chunk, behind the q after it, which dA replaces. dB and dC add up over the group's
-    blocks here, from zero, and over groups outside.
+    A program takes several chunks and groups in turn, so that there are no more stores than programs. starts holds the
+    h before each chunk, behind the q after it, which dA replaces. dB and dC add up over the group's blocks here, from
+    zero, and over groups outside.
     """
     chunks, groups = tl.cdiv(l, CHUNK), tl.cdiv(d, dim * BLOCKS)
     store += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS * states * dim)
@@ -918,6 +918,7 @@ def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, 
                 tl.store(store + s * (states * dim), h)
                 for i in tl.static_range(STEPS):
                     h, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + s * STEPS + i, stop, at_d, at_n, d, n)
+            tl.debug_barrier()  # the store is complete
             for s in range(runs - 1, -1, -1):
                 h = tl.load(store + s * (states * dim))
                 q, dA, dD_t = _there_and_back(h, q, dA, dD_t, A_t, D, x, dt, B, C, dy, dx, ddt, dB + part, dC + part,
@@ -930,7 +931,7 @@ def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, 
 
 @_kernel()
 def _scan_kernel(a, b, enter, out, decay, l, size, width, BLOCK: tl.constexpr, ENDS: tl.constexpr):
-    """The plain scan, columns apart: a chunk's h from the state that enters it; ENDS: its last h from zero, its decay."""
+    """The plain scan: a chunk's h from the state that enters it; ENDS: its last h from zero, and its decay."""
     blocks, chunks = tl.cdiv(width, BLOCK), tl.cdiv(l, size)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -950,7 +951,7 @@ def _scan_kernel(a, b, enter, out, decay, l, size, width, BLOCK: tl.constexpr, E
         tl.store(decay + chunk * width + at, product, mask=on)
 
 
-# From here on Python: how many programs of which size, and each direction as one operator that torch.compile leaves whole
+# From here on Python: how many programs of which size, and each direction as one operator for torch.compile
 
 
 def _fill(device):
@@ -966,13 +967,13 @@ def _launch(kernel, programs, *args, **sizes):
 
 
 def _operator(schema):
-    """f as an operator, which interpreted kernels can be too; what it gives for shapes alone is left to register_fake."""
+    """f as an operator that torch.compile does not look into; register_fake says what it gives for shapes alone."""
     return lambda f: torch.library.custom_op("bytestate::" + f.__name__[1:], f, mutates_args=(), schema=schema)
 
 
 @_operator("(Tensor a, Tensor b, Tensor h0) -> Tensor")
 def _triton_scan(a, b, h0):
-    """h (b, l, ...), all contiguous. Chunks only where batch and columns do not fill the GPU; they are a shorter scan."""
+    """All contiguous. Chunks only where batch and columns do not fill the GPU; their carries are a shorter scan."""
     (batch, l), width = b.shape[:2], math.prod(b.shape[2:])
     blocks, out = -(-width // 32), torch.empty_like(b)
     size = max(64, -(-l // max(1, _fill(b.device) // max(1, batch * blocks))))
@@ -994,7 +995,8 @@ def _(a, b, h0):
 def _sizes(d, n, numbers):
     """What is compiled in: tiles of so many numbers, and chunks of 64 steps, or 2 n if that is more."""
     states = 1 << (n - 1).bit_length()
-    return {"d": d, "n": n, "states": states, "dim": max(1, numbers // states), "CHUNK": max(64, 2 * states), "STEPS": 4}
+    dim, chunk = max(1, numbers // states), max(64, 2 * states)
+    return {"d": d, "n": n, "states": states, "dim": dim, "CHUNK": chunk, "STEPS": 4}
 
 
 def _carries(x, dt, A, B, h0, back):

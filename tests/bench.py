@@ -7,6 +7,7 @@
     robust    bits per byte under noise, and far beyond the training length, of two trained models
     published loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
     distill   a transformer, its students, and the same students without it: bits per byte, speed, memory
+    gpu       the kernels on a GPU: time beside the floor, memory, errors, training and captured decoding
     figures   assets/*.svg from the JSON files that the others wrote
 
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
@@ -47,8 +48,8 @@ from data.corpus import load_corpus, windows
 from data.noise import corrupt
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, Block, Config, ConfigError, Mamba, Mamba2, load, save
-from sample import compile_step, filter_logits, generate, prefill
-from scan import selective_scan, ssd
+from sample import capture_step, compile_step, filter_logits, generate, prefill
+from scan import _kernel, selective_scan, ssd, tl
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
                    run_script, sliding_bpb, train_step, window_nats, word_perplexity)
 
@@ -217,9 +218,23 @@ class Worker:
 def compare(table, sizes, cells, c):
     """Measure a group of cells and print it; sizes, a dict, names the group in each of its rows.
 
-    Ratios are against the first cell of the group that ran, by mode and kind of memory.
+    Ratios are against the first cell of the group that ran, by mode and kind of memory. On a GPU, which nobody else
+    disturbs and whose memory all would share, the cells take turns as a whole.
     """
-    device, workers = pick_device(c.device), []
+    device = pick_device(c.device)
+    workers = [w for group in ([cells] if device.type == "cpu" else [[cell] for cell in cells])
+               for w in measure(group, device, c)]
+    rows, first = [row for w in workers for row in w.rows(table, sizes)], {}
+    for row in rows:
+        if "seconds" in row:
+            row["ratio"] = row["seconds"] / first.setdefault((row["mode"], row["memory"]), row["seconds"])
+    show(f"{table}, " + ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in sizes.items()), rows)
+    return rows
+
+
+def measure(cells, device, c):
+    """The workers of cells that run side by side, with their times and peaks."""
+    workers = []
     try:
         for cell in cells:
             workers.append(Worker(cell, device))
@@ -235,12 +250,7 @@ def compare(table, sizes, cells, c):
             w.pipe.close()  # it ends by itself, unless it hangs
             w.process.join(5)
             w.process.kill()
-    rows, first = [row for w in workers for row in w.rows(table, sizes)], {}
-    for row in rows:
-        if "seconds" in row:
-            row["ratio"] = row["seconds"] / first.setdefault((row["mode"], row["memory"]), row["seconds"])
-    show(f"{table}, " + ", ".join(f"{k} {v:,}" for k, v in sizes.items()), rows)
-    return rows
+    return workers
 
 
 def show(title, rows):
@@ -286,19 +296,28 @@ def scan_inputs(b, l, d, n, device, dt_max=0.1):
     return [t.to(device) for t in (x, dt, A, B, C, D, dy)]
 
 
+def in_layout(path, dtype, tensors):
+    """x, dt, B, C and dy, whatever has three axes, in dtype, and as the path keeps them in memory."""
+    narrow = (t.to(getattr(torch, dtype)) if t.ndim == 3 else t for t in tensors)
+    return [t.mT.contiguous() if t.ndim == 3 and path == "mamba-ssm" else t for t in narrow]
+
+
 def scan_path(path):
     """f(x, dt, A, B, C, D) -> y."""
     if path == "mambapy pscan":
         from mambapy.mamba import MambaBlock
         return functools.partial(MambaBlock.selective_scan, None)  # a method that never looks at its self
+    if path == "mamba-ssm":  # length last, as its kernel wants it
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        return lambda x, dt, A, B, C, D: selective_scan_fn(x, dt, A, B, C, D)
     if path == "transformers loop":
         from transformers.models.mamba.modeling_mamba import mamba_selective_scan
         return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
     return lambda *inputs: selective_scan(*inputs, impl=path)[0]
 
 
-def make_scan(path, device, **sizes):
-    *inputs, dy = scan_inputs(**sizes, device=device)
+def make_scan(path, device, dtype="float32", **sizes):
+    *inputs, dy = in_layout(path, dtype, scan_inputs(**sizes, device=device))
     return forward_and_backward(scan_path(path), inputs, dy)
 
 
@@ -315,18 +334,19 @@ def bench_scan(c):
     return rows + scan_errors(c)
 
 
-def scan_errors(c):
+def scan_errors(c, paths=SCANS[:4], dtype="float32"):
     """Largest deviation from the float64 recurrence over its largest value, where errors have time to grow."""
     device, rows = pick_device(c.device), []
     sizes = {"b": 1, "l": 33, "d": 4, "n": 3} if c.quick else {"b": 2, "l": 4001, "d": 64, "n": 16}
-    print(f"\nrelative error (max norm) against the float64 recurrence, {sizes}")
+    print(f"\nrelative error (max norm) against the float64 recurrence, {dtype}, {sizes}")
     for dt_max in (0.1, 5.0):
-        inputs = scan_inputs(**sizes, device=device, dt_max=dt_max)
+        inputs = in_layout("", dtype, scan_inputs(**sizes, device=device, dt_max=dt_max))
         exact = output_and_gradients("naive", *(t.double() for t in inputs))
-        for path in SCANS[:4]:
-            row = {"table": "error", "path": path, "dt_max": dt_max, **sizes}
+        for path in paths:
+            row = {"table": "error", "path": path, "dtype": dtype, "dt_max": dt_max, **sizes}
             try:
-                got = output_and_gradients(path, *inputs)
+                got = output_and_gradients(path, *in_layout(path, dtype, inputs))
+                got = {k: v.mT if v.shape != exact[k].shape else v for k, v in got.items()}
                 errors = {k: ((got[k] - v).abs().max() / v.abs().max()).item() for k, v in exact.items()}
                 worst = max(list(errors)[1:], key=errors.get)
                 text = f"output {errors['y']:.1e}   worst gradient {errors[worst]:.1e}, of {worst}"
@@ -419,7 +439,9 @@ def make_train(path, b, l, d_model, n_layer, device):
     tokens = torch.randint(256, (b, l + 1), device=device)
 
     def step():
-        F.cross_entropy(f(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = f(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -427,8 +449,8 @@ def make_train(path, b, l, d_model, n_layer, device):
     return {"training step": step}
 
 
-def compare_training(paths, b, l, d_model, kinds, c):
-    args = {"b": b, "l": l, "d_model": d_model, "n_layer": 4}
+def compare_training(paths, b, l, d_model, kinds, c, n_layer=4):
+    args = {"b": b, "l": l, "d_model": d_model, "n_layer": n_layer}
     cells = [Cell(p, make_train, {"path": p, **args}, kind, b * l) for kind in kinds for p in paths]
     return compare("training", args, cells, c)
 
@@ -756,6 +778,97 @@ def bench_distill(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# gpu
+
+GPU_SHAPES = ((8, 2048, 1536, 16), (1, 65536, 1536, 16), (64, 512, 768, 16), (8, 2048, 1536, 64))  # b, l, d, n
+GPU_PATHS = ("triton", "mamba-ssm", "chunked", "parallel", "naive", "mambapy pscan")
+
+
+@_kernel()
+def _exp_kernel(out, ROUNDS: tl.constexpr):
+    """1,024 numbers a program, each through 8 ROUNDS exponentials, that stay between 0 and 1."""
+    at = tl.arange(0, 1024)
+    z = at / 1024.0
+    for _ in range(ROUNDS):
+        for _ in tl.static_range(8):
+            z = tl.exp2(-z)
+    tl.store(out + tl.program_id(0) * 1024 + at, z)
+
+
+def ceilings(device, quick):
+    """Bytes/s of a copy and exponentials/s of a kernel that does nothing else, the best of ten."""
+    programs, rounds = (2, 1) if quick else (1024, 1024)
+    out, a = torch.empty(programs * 1024, device=device), torch.ones(2**12 if quick else 2**30, device=device)
+    b = torch.empty_like(a)
+    copy = min(timed(lambda: b.copy_(a), device) for _ in range(10))
+    exp = min(timed(lambda: _exp_kernel[(programs,)](out, ROUNDS=rounds), device) for _ in range(10))
+    return {"bytes_per_second": 8 * len(a) / copy, "exps_per_second": 8 * rounds * len(out) / exp}
+
+
+def beside_the_floor(rows, peak, b, l, d, n, dtype):
+    """To each row what it had to move and compute at least, per second, and its time over that of the slower of both.
+
+    Forward reads x, dt, B, C and writes y, with one exponential a state and step; backward reads those four and dy,
+    writes four gradients, and computes the exponentials again.
+    """
+    for row in rows:
+        if "seconds" in row:
+            both = row["mode"] != "forward"
+            moved = (2 if dtype == "bfloat16" else 4) * b * l * (3 * d + 2 * n + both * (5 * d + 4 * n))
+            exps = b * l * d * n * (1 + both)
+            floor = max(moved / peak["bytes_per_second"], exps / peak["exps_per_second"])
+            row.update(useful_bytes_per_second=moved / row["seconds"], useful_exps_per_second=exps / row["seconds"],
+                       times_floor=row["seconds"] / floor)
+            print(f"    {row['path']:16}{row['mode']:18}{moved / row['seconds'] / 1e9:10,.0f} GB/s"
+                  f"{exps / row['seconds'] / 1e9:10,.0f} G exp/s{row['times_floor']:8.2f} x floor")
+    return rows
+
+
+def make_captured(captured, b, count, sizes, device):
+    """count bytes for each of b texts, by MambaByte's model in bfloat16; the step captured or launched from Python."""
+    model = LM(Config(**sizes)).to(device).eval()
+    tokens = torch.full((b, 1), 10, device=device)
+    cast = torch.autocast(device.type, torch.bfloat16)
+    cast.__enter__()  # for as long as this process lives: it keeps the narrowed weights
+    with torch.inference_mode():
+        step = capture_step(model, tokens, model(tokens)[1]) if captured else None
+    return {"writing": lambda: list(generate(model, tokens, count, filter_logits, step=step))}
+
+
+def bench_gpu(c):
+    """The kernels beside every other path, in float32 and bfloat16, and the official kernel where mamba-ssm imports."""
+    if not c.quick:
+        if not torch.cuda.is_available():
+            raise ConfigError("gpu needs a CUDA GPU, and torch finds none here; "
+                              "on a CPU: python -m tests.bench scan, or gpu --quick with TRITON_INTERPRET=1")
+        c = dataclasses.replace(c, device="cuda")
+    device = pick_device(c.device)
+    peak = ceilings(device, c.quick)
+    rows = [{"table": "ceilings", **peak}]
+    print(f"measured ceilings: {peak['bytes_per_second'] / 1e9:,.0f} GB/s, {peak['exps_per_second'] / 1e9:,.0f} G exp/s")
+    for dtype in ("float32", "bfloat16"):
+        for b, l, d, n in ((2, 9, 3, 4),) if c.quick else GPU_SHAPES:
+            sizes = {"b": b, "l": l, "d": d, "n": n, "dtype": dtype}
+            paths = [p for p in GPU_PATHS if l <= 2048 or p != "naive"]
+            cells = [Cell(p, make_scan, {"path": p, **sizes}) for p in paths]
+            rows += beside_the_floor(compare("selective scan", sizes, cells, c), peak, **sizes)
+        rows += scan_errors(c, GPU_PATHS[:4], dtype)
+    size = (2, 9, 16) if c.quick else (8, 2048, 768)
+    rows += compare_training(("mamba", "transformers mamba"), *size, ("default",), c, n_layer=1 if c.quick else 24)
+    sizes = dict(layers=("mamba",) * (1 if c.quick else 53), d_model=16 if c.quick else 1024, norm="layer", tie=False)
+    weights = sum(p.numel() for name, p in LM(Config(**sizes)).named_parameters() if name != "embedding.weight")
+    for b in (1, 64):
+        count = 2 if c.quick else 256
+        cells = [Cell("captured" if captured else "eager", make_captured,
+                      {"captured": captured, "b": b, "count": count, "sizes": sizes}, work=b * count)
+                 for captured in (True, False) if not (captured and device.type == "cpu")]
+        limit = b * peak["bytes_per_second"] / (2 * weights)  # every weight crosses memory once a step, as bfloat16
+        print(f"\nevery weight once a step: at most {limit:,.0f} bytes/s")
+        rows += [{**row, "limit": limit} for row in compare("decoding, 353M", {"b": b, "count": count}, cells, c)]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures
 
 
@@ -798,8 +911,25 @@ def measured(name, **wanted):
     return [row for row in json.loads(path.read_text())["rows"] if wanted.items() <= row.items()]
 
 
+def draw_errors():
+    """assets/gpu_errors.svg: every path's error in y and in its worst gradient, by dtype."""
+    rows = [row for row in measured("gpu", table="error", dt_max=5.0) if "errors" in row]
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    places = range(len(rows))
+    axes.plot(places, [row["errors"]["y"] for row in rows], "o", label="y")
+    axes.plot(places, [max(v for k, v in row["errors"].items() if k != "y") for row in rows], "s", label="worst gradient")
+    axes.set_xticks(places, [f"{row['path']}\n{row['dtype']}" for row in rows], rotation=45)
+    axes.set(yscale="log", ylabel="relative error against float64 (max norm)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(ASSETS / "gpu_errors.svg", metadata={"Date": None})
+    plt.close(figure)
+    print(f"wrote {ASSETS / 'gpu_errors.svg'}")
+
+
 def figures():
-    """assets/scan_time.svg, assets/decode_context.svg and assets/length.svg."""
+    """assets/scan_time.svg, assets/decode_context.svg, assets/length.svg, and gpu_errors.svg where a GPU was measured."""
     draw("scan_time.svg", measured("scan", table="selective scan", mode="forward+backward"), "l",
          lambda row: 1e3 * row["seconds"], "length",
          "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
@@ -807,6 +937,8 @@ def figures():
          lambda row: row["ms_per_byte"], "bytes read before", "ms per byte written", "linear")
     draw("length.svg", measured("robust", table="position"), "to", lambda row: row["bpb"],
          "up to this position (trained on the first part)", "bits per byte", "log")
+    if (ASSETS / "bench_gpu.json").exists():
+        draw_errors()
     return 0
 
 
@@ -814,7 +946,8 @@ def figures():
 # The command line
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
-              "robust": bench_robust, "published": bench_published, "distill": bench_distill}
+              "robust": bench_robust, "published": bench_published, "distill": bench_distill,
+              "gpu": bench_gpu}
 
 
 def hardware():

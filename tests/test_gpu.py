@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from model import LM, Config
+from sample import capture_step, prefill
 from scan import SCANS, SELECTIVE_SCANS, SSDS, scan, selective_scan, ssd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -13,7 +14,7 @@ b, d, n, nh, p, g = 2, 37, 5, 6, 7, 3
 
 
 def fast(table):
-    """Every path but the definition, by whatever names there are."""
+    """Every path but the definition, by whatever names there are; auto is the kernels of section 6, save for ssd."""
     return pytest.mark.parametrize("impl", ["auto"] + [name for name in table if name != "naive"])
 
 
@@ -135,3 +136,85 @@ def test_a_model_gives_the_same_logits_and_gradients_as_on_a_cpu(layers, device)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         got, _ = model(tokens)
     assert (got.float().cpu() - want).norm() <= 0.05 * want.norm()
+
+
+# The kernels
+
+
+@on_gpu
+@pytest.mark.parametrize("l, d, n, dt, A", [
+    (1, 1, 1, 0.5, 3), (2, 3, 2, 0.5, 3), (65, 1536, 16, 0.5, 3), (1000, 130, 64, 0.5, 3), (257, 5, 256, 0.5, 3),
+    (130, 37, 20, 20, 3), (130, 37, 16, 20, 1e4), (130, 37, 16, 1e-3, 1e4), (3000, 37, 16, 20, 1e-8), (70, 37, 16, 0, 3)])
+def test_kernels_at_every_size_and_decay(l, d, n, dt, A, device):
+    """Ugly sizes, 256 states, decays from 0 to 1; in outputs and gradients that are full of NaN before."""
+    torch.manual_seed(l)
+    tensors = [torch.randn(b, l, d), torch.rand(b, l, d) * dt, -torch.rand(d, n) * A, torch.randn(b, l, n),
+               torch.randn(b, l, n), torch.randn(d), torch.randn(b, d, n)]
+    junk = torch.full((2**26,), float("nan"), device=device)  # freed, its memory is the next to be handed out
+    del junk
+    agree(selective_scan, [t.to(device) for t in tensors], "triton", 1e-5)
+
+
+@on_gpu
+def test_one_long_sequence_fills_the_gpu_and_agrees(device):
+    """Batch 1, l = 65,536, where the length is cut, against chunks in float64, which other tests hold to the loop."""
+    torch.manual_seed(0)
+    l = 65536
+    tensors = [torch.randn(1, l, 32), torch.rand(1, l, 32) * 0.1, -torch.rand(32, 16) * 3, torch.randn(1, l, 16),
+               torch.randn(1, l, 16), torch.randn(32), torch.randn(1, 32, 16)]
+    tensors = [t.to(device) for t in tensors]
+    got = values_and_gradients(selective_scan, tensors, "triton")
+    want = values_and_gradients(selective_scan, [t.double() for t in tensors], "chunked")
+    for i, (a, w) in enumerate(zip(got, want, strict=True)):
+        assert (a - w).norm() <= 1e-5 * w.norm(), i
+
+
+@on_gpu
+def test_gradients_are_the_same_bits_every_time(device):
+    torch.manual_seed(0)
+    tensors = [t.to(device) for t in selective_scan_inputs(1000)]
+    first, second = (values_and_gradients(selective_scan, tensors, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@on_gpu
+def test_more_than_two_to_the_31_numbers(device):
+    """Offsets beyond int32: the last rows of x, past 2^31 numbers, against the same rows alone."""
+    if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB of GPU memory")
+    l, d, n, last = 2**31 // 1024 + 128, 1024, 2, 64
+    x = torch.randn(1, l, d, device=device, dtype=torch.bfloat16)
+    dt, A = torch.full_like(x, 4.0), torch.full((d, n), -3.0, device=device)  # decays of exp(-12): 64 steps forget all
+    B = torch.randn(1, l, n, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, h = selective_scan(x, dt, A, B, B, impl="triton")
+        tail = [t[:, -last:].float() if t.ndim == 3 else t for t in (x, dt, A, B, B)]
+        want, want_h = selective_scan(*tail, impl="naive")
+    assert (y[:, -last // 2:].float() - want[:, -last // 2:]).norm() <= 1e-2 * want[:, -last // 2:].norm()
+    assert (h - want_h).norm() <= 1e-4 * want_h.norm()
+
+
+@on_gpu
+def test_torch_compile_takes_the_kernels_whole(device):
+    """Inductor, forward and backward, one graph."""
+    tensors = [t.to(device) for t in selective_scan_inputs(100)]
+    f = torch.compile(lambda *t, impl: selective_scan(*t, impl=impl), fullgraph=True)
+    agree(f, tensors, "triton", 1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4d", "s4"])
+def test_a_captured_step_writes_the_same_bits(layer, size, device):
+    """A CUDA graph of the step against the step itself, from a prompt's state, under autocast as in sample.py."""
+    torch.manual_seed(0)
+    model = LM(Config((layer,) * 2, d_model=64, head_dim=32)).to(device).eval()
+    tokens = torch.randint(256, (size, 40), device=device)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        captured = capture_step(model, tokens[:, :1], model(tokens[:, :1])[1])
+        _, want_state = prefill(model, tokens[:, :20])
+        state = want_state
+        for i in range(20, 40):
+            want, want_state = model(tokens[:, i:i + 1], want_state)
+            got, state = captured(tokens[:, i:i + 1], state)
+            assert torch.equal(got, want)

@@ -1,10 +1,13 @@
 """sample.py: the laws it draws from, generation against recomputation, streaming, prompts of any bytes, bad input."""
+import contextlib
 import io
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 from model import LM, Config, save
@@ -190,6 +193,49 @@ def test_memory_is_constant_however_much_is_written(kind, bounded_after):
 
     list(generate(model, torch.tensor([[10]]), 60, greedy, step=step))
     assert len(sizes) == 59 and len(set(sizes[bounded_after:])) == 1 and max(sizes) == sizes[-1]
+
+
+FORWARD = LM.forward
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of one run, repeated on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        self.calls.append((f, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for f, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(f(*args, **kwargs))):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_captured_step_continues_any_state_with_the_same_bits(kind, monkeypatch):
+    """Twice from prompts of its own, with a step that knows nothing but the buffers it was recorded with."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Tape,
+                               stream=lambda s: contextlib.nullcontext(), graph=lambda tape: tape).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    model, prompts = make(kind), torch.randint(256, (2, 3, 7))
+    step = sample.capture_step(model, prompts[0, :, :1], model(prompts[0, :, :1])[1])
+    monkeypatch.setattr(LM, "forward", None)  # from here on only what was recorded runs
+    for prompt in prompts:
+        with monkeypatch.context() as m:
+            m.setattr(LM, "forward", FORWARD)
+            want = [t.clone() for t in generate(model, prompt, 5, greedy)]
+            first = prefill(model, prompt)
+        with monkeypatch.context() as m:
+            m.setattr(sample, "prefill", lambda *_: first)
+            got = [t.clone() for t in generate(model, prompt, 5, greedy, step=step)]
+        assert torch.equal(torch.stack(got), torch.stack(want))
 
 
 def test_draws_follow_the_law():
