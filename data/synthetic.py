@@ -18,9 +18,9 @@ NOISE, COPY, MARK = b".=#"
 def selective_copy(length: int, batch: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Letters scattered among dots, then as many `=`, whose targets are the letters in order: (batch, length) both.
 
-    16 letters, as in the paper, whose length is 4,096 + 16; below 256 bytes a 16th of the length.
+    A quarter of the length's root of them: 4 in 256 bytes, 16 in 4,096 and 16, which is the paper's size.
     """
-    rng, count = generator("selective_copy", length, seed, step), max(1, min(16, length // 16))
+    rng, count = generator("selective_copy", length, seed, step), max(1, round(length**0.5 / 4))
     places = np.sort(rng.random((batch, length - count)).argsort(1)[:, :count], axis=1)
     letters = rng.choice(LETTERS, (batch, count))
     tokens = np.full((batch, length), NOISE, np.int64)

@@ -8,6 +8,8 @@
     published loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
     distill   a transformer, its students, and the same students without it: bits per byte, speed, memory
     gpu       the kernels on a GPU: time beside the floor, memory, errors, training and captured decoding
+    s4        kernels, layers, the error of convolutions against steps, and what a HiPPO state remembers
+    selection accuracy on selective copying and induction heads, by length; trains what is not trained yet
     figures   assets/*.svg from the JSON files that the others wrote
 
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
@@ -46,10 +48,12 @@ import distill
 import train
 from data.corpus import load_corpus, windows
 from data.noise import corrupt
+from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
-from model import LM, Block, Config, ConfigError, Mamba, Mamba2, load, save
+from model import LM, MIXERS, Block, Config, ConfigError, load, save
 from sample import capture_step, compile_step, filter_logits, generate, prefill
-from scan import _kernel, selective_scan, ssd, tl
+from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
+                  tl)
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
                    run_script, sliding_bpb, train_step, window_nats, word_perplexity)
 
@@ -367,7 +371,7 @@ def output_and_gradients(path, *inputs_and_dy):
 # ---------------------------------------------------------------------------------------------------------------------
 # ssd and train: the operation, one layer, the whole model
 
-N = {"mamba": 16, "mamba2": 64, "attention": 16}  # state sizes; attention has none
+N = {"mamba": 16, "mamba2": 64, "s4": 64, "s4d": 64, "attention": 16}  # state sizes; attention has none
 CHUNK = 64  # transformers' Mamba-2: the fastest of 16 .. 256 on a CPU, 256 being its default
 
 
@@ -405,7 +409,7 @@ def make_layer(path, b, l, d_model, device):
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
         f = layer = Mamba2Mixer(transformers_config("mamba2", d_model, 1), 0)
     else:
-        kinds = {"mamba": Mamba, "mamba2": Mamba2, "attention": lambda config: Block(config, "attention+mlp")}
+        kinds = {**MIXERS, "attention": lambda config: Block(config, "attention+mlp")}
         layer = kinds[path](our_config(path, d_model, 1))
         f = lambda x: layer(x)[0]
     layer.to(device).train()
@@ -644,6 +648,8 @@ def bench_published(c):
         return compare("published", {"weights_mb": round(size / 1e6)}, [
             Cell("load", make_published, args), Cell("weights read once", make_published, {**args, "path": "read"}, work=1),
             Cell("mamba", make_published, {**args, "path": "write"}, work=1)], c)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # distill: a transformer, its students, and the same students without it
 #
@@ -725,7 +731,7 @@ def recall(model, val, gap, count=32, size=64, cue=16):
 
 def make_distillation(path, share, b, l, d_model, n_layer, device):
     """A step of the student: of plain training, or of a stage of distillation, the teacher's reading included."""
-    teacher = LM(Config(("attention+mlp",) * n_layer, d_model, n_head=2, n_kv_head=2, window=l)).to(device).eval()
+    teacher = LM(Config(("attention+mlp",) * n_layer, d_model=d_model, n_head=2, n_kv_head=2, window=l)).to(device).eval()
     student = make_student(teacher, "mamba2", share, "attention").to(device).train()
     c, mixers = distill.Flags(stage="align" if path == "align" else "all"), replaced(student, teacher)
     freeze(student, c.stage, mixers)
@@ -869,10 +875,120 @@ def bench_gpu(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# s4
+
+
+def make_kernel(path, l, d, n, device):
+    """S4D's kernel: a product of two small matrices, or all n l d exponentials."""
+    dt, A = torch.rand(d, device=device) / 10, s4d_init("lin", 2 * n)[0].to(device, torch.complex64).repeat(d, 1)
+    C, dK = torch.randn(d, n, dtype=torch.complex64, device=device), torch.randn(d, l, device=device)
+
+    def written_out(dt, A, C):
+        Abar, Bbar = discretize(dt[:, None], A, 1.0, "zoh")
+        return ((C * Bbar)[..., None] * Abar[..., None] ** torch.arange(l, device=device)).sum(1).real
+
+    f = written_out if path == "written out" else lambda dt, A, C: s4d_kernel(dt, A, 1.0, C, l)
+    return forward_and_backward(f, [dt, A, C], dK)
+
+
+def step_errors(lengths):
+    """Largest difference of the convolution from the recurrence, both float32, in a layer as it begins; n = 64."""
+    rows = []
+    print(f"\nconvolution against recurrence, float32, largest |difference|{'largest |y|':>24}")
+    for layer in ("s4d", "s4"):
+        torch.manual_seed(0)
+        mixer = MIXERS[layer](Config((layer,), d_model=64, d_state=64))
+        for l in lengths:
+            x = torch.randn(1, l, 64)
+            with torch.no_grad():
+                y, h = mixer.systems(x, None)
+                steps, states = [], None
+                for x_t in x.split(1, dim=1):
+                    y_t, states = mixer.systems(x_t, states)
+                    steps.append(y_t)
+            error = (y - torch.cat(steps, dim=1)).abs().max().item()
+            rows.append({"table": "error", "path": layer, "l": l, "error": error, "largest": y.abs().max().item()})
+            print(f"  {layer:8}l = {l:<8,}{error:12.1e}{rows[-1]['largest']:36.2f}")
+    return rows
+
+
+def reconstructions():
+    """What HiPPO-LegS with n numbers remembers of a signal, by age."""
+    dt, steps, rows = 2e-3, 3000, []
+    time_ = dt * torch.arange(steps, dtype=torch.float64)
+    x = torch.sin(2 * time_) + torch.exp(-8 * (time_ - 4.5) ** 2) - (time_ > 5.3).double()
+    shown = range(0, 2000, 10)
+    age = dt * (torch.tensor(shown, dtype=torch.float64) + 0.5)
+    curves = {"the signal": x.flip(0)[list(shown)]}
+    for n in (8, 32, 128):
+        Abar, Bbar = discretize_dense(dt, *hippo_legs(n), "bilinear")
+        h = torch.zeros(n, dtype=torch.float64)
+        for x_t in x:
+            h = Abar @ h + Bbar * x_t
+        curves[f"from {n} numbers"] = legs_basis(age, n) @ h
+    for path, values in curves.items():
+        rows += [{"table": "legs", "path": path, "memory": "default", "age": a, "value": v}
+                 for a, v in zip(age.tolist(), values.tolist())]
+    return rows
+
+
+def bench_s4(c):
+    """S4D's kernel with d = 256 and 32 modes; training with layers of width 256; errors and memories."""
+    size = {"d": 8, "n": 4} if c.quick else {"d": 256, "n": 32}
+    rows = []
+    for l in (32,) if c.quick else (1024, 4096):
+        paths = ("two small matrices", "written out")
+        rows += compare("s4d kernel", {**size, "l": l}, [Cell(p, make_kernel, {"path": p, "l": l, **size}) for p in paths], c)
+    b, l, d_model = (2, 32, 32) if c.quick else (8, 512, 256)
+    paths = ("mamba", "mamba2", "s4d", "s4", "attention")
+    args = {"b": b, "l": l, "d_model": d_model}
+    rows += compare("layer", args, [Cell(p, make_layer, {"path": p, **args}, kind, b * l)
+                                    for kind in kinds_of_memory(c, "kept") for p in paths], c)
+    rows += compare_training(paths, b, l, d_model, kinds_of_memory(c, "kept"), c)
+    return rows + step_errors((7,) if c.quick else (64, 1024, 4096)) + reconstructions()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# selection
+
+SELECTION = "--d_model 64 --n_layer 2 --seq_len 256 --batch_size 16"
+STEPS = {("selective_copy", "mamba"): 800, ("selective_copy", "s4d"): 800, ("selective_copy", "s4"): 800,
+         ("induction", "mamba"): 1000, ("induction", "s4d"): 1000}
+
+
+def accuracy(model, task, length, count):
+    """Share of the targets guessed right in count windows, read piece by piece with the state carried along."""
+    tokens, targets = (torch.from_numpy(t) for t in TASKS[task](length, count, 2**63, length))
+    size, right, state = max(1, 2**16 // count), 0, None
+    with torch.inference_mode():
+        for t, y in zip(tokens.split(size, dim=1), targets.split(size, dim=1)):
+            logits, state = model(t, state)
+            right += (logits.argmax(-1) == y).sum().item()
+    return right / (targets != NO_TARGET).sum().item()
+
+
+def bench_selection(c):
+    """Two layers of width 64, trained in windows of 256 in under three minutes a run; then windows of up to a million."""
+    rows = []
+    for (task, layer), steps in STEPS.items():
+        folder = Path("out/selection" + "_quick" * c.quick) / f"{task}_{layer}"
+        make_run(folder, train, f"--data {task} --layer {layer} {SELECTION} --steps {2 if c.quick else steps}")
+        model, extra = load(folder / "last.pt")
+        longest = 64 if c.quick else 2**20 if task == "induction" and layer == "mamba" else 2**14
+        for length in (2**i for i in range(6, 21, 2) if 2**i <= longest):
+            count = max(8, min(256, 2**22 // length))
+            rows.append({"table": task, "path": layer, "memory": "default", "length": length, "windows": count,
+                         "accuracy": accuracy(model, task, length, count), "steps": extra["step"],
+                         "seconds": extra["seconds"], "parameters": sum(p.numel() for p in model.parameters())})
+            print(f"{task:16}{layer:12}length {length:>9,}{rows[-1]['accuracy']:9.1%} of {count} windows", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures
 
 
-def draw(name, rows, x, y, xlabel, ylabel, yscale):
+def draw(name, rows, x, y, xlabel, ylabel, yscale, xscale="log"):
     """One SVG, a curve for every path and kind of memory; the same bytes for the same rows."""
     try:
         import matplotlib
@@ -888,13 +1004,14 @@ def draw(name, rows, x, y, xlabel, ylabel, yscale):
     colors = {path: f"C{i}" for i, path in enumerate(dict.fromkeys(path for path, _ in curves))}
     for (path, kind), points in curves.items():
         style = {"default": "o-", "huge pages": "o--", "kept": "o:"}[kind]
-        axes.plot(*zip(*points), style, color=colors[path], markersize=4,
+        axes.plot(*zip(*points), style if xscale == "log" else "-", color=colors[path], markersize=4,
                   label=path if kind == "default" else None)
-    axes.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    ticks = sorted({row[x] for row in rows})
-    axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0 if yscale == "linear" else None)
+    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    if xscale == "log":
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0 if yscale == "linear" else None)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -929,7 +1046,7 @@ def draw_errors():
 
 
 def figures():
-    """assets/scan_time.svg, assets/decode_context.svg, assets/length.svg, and gpu_errors.svg where a GPU was measured."""
+    """The figures of assets/, gpu_errors.svg where a GPU was measured."""
     draw("scan_time.svg", measured("scan", table="selective scan", mode="forward+backward"), "l",
          lambda row: 1e3 * row["seconds"], "length",
          "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
@@ -939,6 +1056,11 @@ def figures():
          "up to this position (trained on the first part)", "bits per byte", "log")
     if (ASSETS / "bench_gpu.json").exists():
         draw_errors()
+    draw("selective_copy.svg", measured("selection", table="selective_copy"), "length", lambda row: 100 * row["accuracy"],
+         "length (trained on 256)", "selective copying: letters right, %", "linear")
+    draw("induction.svg", measured("selection", table="induction"), "length", lambda row: 100 * row["accuracy"],
+         "length (trained on 256)", "induction: right, %", "linear")
+    draw("legs.svg", measured("s4", table="legs"), "age", lambda row: row["value"], "age", "x(now - age)", "linear", "linear")
     return 0
 
 
@@ -947,7 +1069,7 @@ def figures():
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
               "robust": bench_robust, "published": bench_published, "distill": bench_distill,
-              "gpu": bench_gpu}
+              "gpu": bench_gpu, "s4": bench_s4, "selection": bench_selection}
 
 
 def hardware():

@@ -10,7 +10,7 @@ from data.synthetic import COPY, LETTERS, MARK, NO_TARGET, NOISE, induction, sel
 from model import LM, Config
 
 
-@pytest.mark.parametrize("length, count", [(3, 1), (16, 1), (31, 1), (32, 2), (100, 6), (257, 16), (4112, 16)])
+@pytest.mark.parametrize("length, count", [(3, 1), (16, 1), (64, 2), (65, 2), (256, 4), (1000, 8), (4112, 16)])
 def test_selective_copying_asks_for_the_letters_in_order(length, count):
     """The answer is what is left when the dots are taken out; every place in the noise occurs."""
     tokens, targets = selective_copy(length, 50, 1, 0)
@@ -19,8 +19,8 @@ def test_selective_copying_asks_for_the_letters_in_order(length, count):
         assert (row[-count:] == COPY).all() and (answer[:-count] == NO_TARGET).all()
         letters = row[:-count][row[:-count] != NOISE]
         assert np.array_equal(letters, answer[-count:]) and np.isin(letters, LETTERS).all() and len(letters) == count
-    if length == 32:
-        assert ((tokens[:, :-count] != NOISE).sum(0) > 0).sum() > 25
+    if length == 16:
+        assert ((tokens[:, :-count] != NOISE).sum(0) > 0).all()
 
 
 @pytest.mark.parametrize("length", [3, 4, 31, 256])
