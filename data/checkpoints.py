@@ -47,6 +47,7 @@ def unique(pairs):
 
 
 def read_json(text, what):
+    """An object of JSON in bytes."""
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
@@ -104,9 +105,9 @@ def named_tensors(path, content):
     return content
 
 
-def read_shards(index):
+def read_shards(index, content):
     """{name: tensor} of all the files that an index names."""
-    where = read_json(index.read_bytes(), index).get("weight_map")
+    where = content.get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
         raise CheckpointError(f"{index} has no weight_map of names to files beside it")
     tensors = {}
@@ -123,8 +124,9 @@ def read_shards(index):
 def read_file(path):
     """The content of one file, by its ending."""
     try:
-        if path.name.endswith(".index.json"):
-            return read_shards(path)
+        if path.suffix == ".json":
+            found = read_json(path.read_bytes(), path)
+            return read_shards(path, found) if path.name.endswith(".index.json") else found
         with open(path, "rb") as f:
             if f.read(11) == b"version htt":
                 raise CheckpointError(f"{path} is only a pointer to the file; fetch it: git lfs pull")
@@ -147,10 +149,9 @@ def find(folder):
 
 
 class Layout(NamedTuple):
-    file: str       # what the file of the tensors is called; a folder with config.json holds it, if there are settings
+    file: str       # of the tensors, in a folder with config.json; "" is a single file without one
     names: tuple    # (theirs, ours): how names begin, {i} a layer's number; ours None: we have no use for it
-    settings: dict  # {kind of the layers: {key in config.json: our setting, or a tuple of the values that we compute,
-                    # the first of which we write}}
+    settings: dict  # {kind of the layers: {key in config.json: our setting, or all values that we compute, as a tuple}}
     needs: dict     # settings of ours that the layout takes for granted
 
 
@@ -179,7 +180,7 @@ LAYOUTS = {
         "mamba": {"model_type": ("mamba",), **HF_MAMBA},
         "mamba2": {"model_type": ("mamba2",), **HF_MAMBA, "num_heads": "heads", "head_dim": "head_dim",
                    "n_groups": "n_group",
-                   "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])}},  # None: not written
+                   "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])}},
         {"norm": "rms"}),
     # transformers: LlamaForCausalLM
     "llama": Layout("model.safetensors", (
@@ -251,7 +252,7 @@ def recognise(path, names):
 
 # ---- Sizes and settings --------------------------------------------------------------------------------------
 
-MIXERS = {  # kind: {tensor: names of its axes}; the first tensor tells the kind
+KINDS = {  # kind: {tensor: names of its axes}; the first tensor tells the kind
     "mamba": {"mixer.x_proj.weight": ("rank + 2n", "d_inner"), "mixer.A_log": ("d_inner", "d_state"),
               "mixer.conv1d.weight": ("d_inner", "1", "d_conv")},
     "mamba2": {"mixer.dt_bias": ("heads",), "mixer.out_proj.weight": ("d_model", "d_inner"),
@@ -268,7 +269,7 @@ def kinds_of(shapes):
     numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
     if not numbers or max(numbers) + 1 != len(numbers):
         raise CheckpointError(f"there are {len(numbers)} layers, the last is number {max(numbers, default=-1)}")
-    kinds = ["+".join(kind for kind, axes in MIXERS.items() if f"layers.{i}.{next(iter(axes))}" in shapes)
+    kinds = ["+".join(kind for kind, axes in KINDS.items() if f"layers.{i}.{next(iter(axes))}" in shapes)
              for i in range(len(numbers))]
     if len(set(kinds)) > 1 or not kinds[0]:
         raise CheckpointError("the layers are of several kinds or of none: " + ", ".join(sorted(set(kinds))))
@@ -279,7 +280,7 @@ def axes_of(shapes, kinds):
     """{name of an axis: its size}, from the first layer."""
     table = {"embedding.weight": ("vocab", "d_model")}
     for kind in kinds[0].split("+"):
-        table |= {f"layers.0.{name}": axes for name, axes in MIXERS[kind].items()}
+        table |= {f"layers.0.{name}": axes for name, axes in KINDS[kind].items()}
     sizes = {}
     for name, axes in table.items():
         found = shapes.get(name, ())
@@ -339,19 +340,32 @@ def lookup(settings, key):
     return settings
 
 
-def read_setting(key, value, ours):
-    """A value of config.json as ours; CheckpointError where it asks for something that we do not compute."""
-    if isinstance(ours, tuple) and value not in ours:
-        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[-1])} is computed here")
-    if ours == "rope_scaling":
-        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
-        numbers = tuple(value.get(k) for k in ROPE) if kind == "llama3" else ()
-        if kind not in ("default", "llama3") or not all(is_number(i) and i > 0 for i in numbers):
-            raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only llama3's scaling is computed here")
-        return numbers
-    if not isinstance(ours, tuple) and not is_number(value):
-        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, expected a number")
-    return value
+def read_rope(key, value):
+    """Llama 3.1's four numbers, or () for no scaling of the rotary positions."""
+    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+    numbers = tuple(value.get(k) for k in ROPE) if kind == "llama3" else ()
+    if kind not in ("default", "llama3") or not all(is_number(i) and i > 0 for i in numbers):
+        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only llama3's scaling is computed here")
+    return numbers
+
+
+def read_settings(settings, rows):
+    """{our setting: its value in config.json}; CheckpointError where that asks for what we do not compute."""
+    given = {}
+    for key, ours in rows.items():
+        value = lookup(settings, key)
+        if value is None:
+            continue
+        if isinstance(ours, tuple):
+            if value not in ours:
+                raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[-1])} is known here")
+        elif ours == "rope_scaling":
+            given[ours] = read_rope(key, value)
+        elif is_number(value):
+            given[ours] = value
+        else:
+            raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, expected a number")
+    return given
 
 
 def complete(shapes, layout, settings):
@@ -359,17 +373,13 @@ def complete(shapes, layout, settings):
     kind = kinds_of(shapes)[0]
     if kind not in layout.settings:
         raise CheckpointError(f"layers of {kind}, expected {' or '.join(layout.settings)}")
-    given = {}
-    for key, ours in layout.settings[kind].items():
-        value = lookup(settings, key)
-        if value is not None:
-            given[str(ours)] = read_setting(key, value, ours)
+    given = read_settings(settings, layout.settings[kind])
     c = infer(shapes, given)
     for ours, value in {**derived(c), **c}.items():
         said = given.pop(ours, value)
         if said != value and not (ours == "vocab" and said < value):  # state-spaces: 50277 symbols in 50280 rows
             raise CheckpointError(f"{ours} is {said} in config.json, but {value} in the tensors")
-    c |= {ours: value for ours, value in given.items() if ours.isidentifier()}
+    c |= given
     for ours, value in layout.needs.items():
         if c.get(ours, value) != value:
             raise CheckpointError(f"{ours} is {c[ours]}, which this layout does not know")
@@ -391,7 +401,7 @@ def read(path, content):
         if not tensors[new].is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {tensors[new].dtype}, not floats")
     settings = path.with_name("config.json")
-    settings = read_json(settings.read_bytes(), settings) if settings.is_file() else {}
+    settings = read_file(settings) if settings.is_file() else {}
     try:
         c = complete({name: tuple(t.shape) for name, t in tensors.items()}, LAYOUTS[layout], settings)
     except CheckpointError as e:
@@ -432,13 +442,13 @@ def write_safetensors(file, tensors):
 
 
 def write_settings(c, rows):
-    """config.json's content: the same rows as in read_setting, from right to left."""
+    """config.json's content: read_settings' rows, from right to left."""
     settings, done, c = {}, set(), {**c, **derived(c)}
     for key, ours in rows.items():
-        value = ours[0] if isinstance(ours, tuple) else c[ours]
+        value = ours[0] if isinstance(ours, tuple) else c[ours]  # None is not written
         if ours == "rope_scaling":
             value = {"rope_type": "llama3", **dict(zip(ROPE, value))} if value else None
-        if value is None or ours in done:  # not to be written; or written already, under its older name
+        if value is None or ours in done:  # written already, under its older name
             continue
         *outer, last = key.split(".")
         place = settings
