@@ -646,4 +646,4 @@ def load(path, device="cpu"):
         raise CheckpointError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
     if model.config.tie:
         model.embedding.weight = model.lm_head.weight
-    return model.requires_grad_().to(device).eval(), extra
+    return model.to(device).eval(), extra
