@@ -4,7 +4,8 @@ Everything here has one signature: y, state = layer(x, state). A state of None i
 later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1) are
 one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
 the rollback. y, state = layer(x, state, keep) returns the state after the first keep[i] positions of row i instead, and y
-for all: what reads ahead, as speculative sampling does, keeps only what came true.
+for all: what reads ahead, as speculative sampling does, keeps only what came true. Only the encoder's layers, which see
+both sides of every position, have no state.
 """
 import dataclasses
 import math
