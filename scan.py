@@ -16,6 +16,8 @@ Glossary. Capitals are the papers' state-space quantities, lower-case letters si
     B, C       (b, l, n)                  B, C                 B, C        into and out of the state; S4's do not move with t
     D          (d,)                       (code only)          D           skip: y += D x
     Abar Bbar  as dt A and dt B           A-bar, B-bar         A-bar, B-bar  discretized: h_t = Abar h_{t-1} + Bbar x_t
+    K          (d, l)                                          K-bar       kernel: y = K * x where nothing moves with t
+    Lambda P   (d, n), complex                                 Lambda, P   S4: A = diag(Lambda) - P P^*
     b l d n    batch, length, channels, state size; Mamba-2: nh heads of size p, g groups that share B and C
 
 The state and everything that decays it are float32 or wider, whatever the caller's dtype and autocast say: bfloat16 has
@@ -291,8 +293,8 @@ def dplr_legs(n):
 
     A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs 11 digits. But with
     p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, which a Hermitian solver takes apart
-    exactly. P and B are p and LegS's B in the new basis, up to a phase a mode; a C becomes C V. For even n modes come in
-    conjugate pairs, in ascending order of Im Lambda: the first is the conjugate of the last.
+    exactly. P and B are p and LegS's B in the new basis, up to a phase a mode; C becomes C V. For even n modes come in
+    conjugate pairs, in ascending order of Im Lambda, so that the first is the conjugate of the last.
     """
     A, B = hippo_legs(n)
     p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
@@ -302,7 +304,7 @@ def dplr_legs(n):
     return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
-# S4: A = diag(Lambda) - P P^*, every mode beside its conjugate, bilinear rule
+# S4: A = diag(Lambda) - P P^*, bilinear rule. P P^* ties all modes together: each needs its conjugate beside it
 
 
 def dplr_step(x, dt, Lambda, P, B, h):
@@ -327,13 +329,13 @@ def dplr_matrix(dt, Lambda, P):
 def s4_kernel(dt, Lambda, P, B, C, l):
     """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
-    S4 section 3.2, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
+    S4 appendix C.3, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
         sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)            a geometric series
                                       = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                    the rule put in
                                       = q(C', B) - g q(C', P) q(P^*, B)                            Woodbury
-    with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and Cauchy sums q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n).
-    The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A parameter holds C, not C', so l may
-    change at will; the price is Abar^l, n^3 log l.
+    with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
+    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A parameter
+    holds C, not C', so l may change at will; the price is Abar^l, n^3 log l.
     """
     return _s4_read(_circle(dt, Lambda, P, l), P, B, C)
 
@@ -342,11 +344,11 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
 
     x (b, l, d) · dt (d,) · Lambda, P, B, C (d, n) complex · D (d,) · h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. In the convolution h0 is one more
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. To the convolution h0 is one more
     push: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
     """
-    l, wide = x.shape[1], x.to(dt.dtype)
-    if _pick(impl, {"recurrence": True, "convolution": False}, "recurrence" if l == 1 else "convolution"):
+    l, wide, steps = _checked("s4", x, dt, impl)
+    if steps:
         h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
         hs = []
         for x_t in wide.unbind(1):
@@ -360,6 +362,16 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
         push = h0 / dt[:, None] + (Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)) / 2
         y, h = y + _s4_read(circle, P, push, C).mT, h + torch.einsum("dnm,bdm->bdn", circle[-1], h0)
     return y.to(x.dtype), h
+
+
+def _checked(name, x, dt, impl):
+    """The length of x (b, l, d), x in the dtype of dt (d,), and whether to step through it."""
+    if x.ndim != 3 or x.shape[1] == 0 or dt.shape != x.shape[2:]:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)} and dt {tuple(dt.shape)}, expected (b, l, d) and (d,) "
+                         "with l >= 1")
+    if impl not in ("recurrence", "convolution", "auto"):
+        raise ValueError(f'impl "{impl}" is not one of recurrence, convolution, auto')
+    return x.shape[1], x.to(dt.dtype), impl == "recurrence" or impl == "auto" and x.shape[1] == 1
 
 
 def _circle(dt, Lambda, P, l):
@@ -380,7 +392,7 @@ def _s4_read(circle, P, B, C):
 
 
 def _s4_write(circle, P, B, x):
-    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n): the kernel's formula with every mode for C, at position l - 1, where z^-j = z."""
+    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n): the kernel's formula, each mode for C, at l - 1, where z^-(l-1) = z."""
     z, cauchy, g, power = circle
     X = (torch.fft.fft(x, dim=1) * z[:, None] / len(z)).permute(2, 0, 1)  # (d, b, l)
     PB = (cauchy @ (P.conj() * B)[..., None]).squeeze(-1)
@@ -413,10 +425,10 @@ def s4d_init(rule, n):
 
 
 def s4d_kernel(dt, A, B, C, l):
-    """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) complex -> K (d, l)    (S4D eq. 6)
+    """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) complex -> K (d, l)
 
-    The plain real part. Where only one mode of each conjugate pair is kept, C has to come doubled, for a mode and its
-    conjugate add up to twice the real part.
+    A Vandermonde matrix times a vector (S4D, section 3). The plain real part: where one mode of each conjugate pair is
+    kept, C has to come doubled, for a mode and its conjugate add up to twice the real part.
     """
     Bbar = discretize(dt[:, None], A, B, "zoh")[1]
     return _read(_powers(dt[:, None] * A, l), C * Bbar)[..., :l]
@@ -429,10 +441,10 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. The convolution is exact with
     states too: h0 answers with C Abar^(j+1) h0 whatever x does, and h_last is a sum over x with the same powers.
     """
-    l = x.shape[1]
-    wide, z = x.to(dt.dtype), dt[:, None] * A
+    l, wide, steps = _checked("s4d", x, dt, impl)
+    z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
-    if _pick(impl, {"recurrence": True, "convolution": False}, "recurrence" if l == 1 else "convolution"):
+    if steps:
         h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
         y = (C * h).sum(-1).real
         return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h[:, -1]
@@ -456,7 +468,7 @@ def _powers(z, l):
 def _read(powers, w):
     """Re sum_n w_n exp(j z_n) at every j: w (..., d, n) -> (..., d, l or a little more).
 
-    A product of two small matrices, w exp(size k z) and exp(i z); the real part of a complex product is one real product.
+    A product of two small matrices, w exp(size k z) and exp(i z), and its real part is one product of real matrices.
     """
     early, late = powers[0], w[..., None] * powers[1]
     with _no_autocast(w.device):

@@ -306,3 +306,24 @@ def test_convolution_is_recurrence_with_states_in_and_out(layer, l, with_h0):
         results.append([y, h, *torch.autograd.grad((y, h), leaves, (dy, dh))])
     for got, want in zip(*results):
         close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("layer", [s4, s4d])
+def test_misshapen_inputs_are_named(layer):
+    dt, *system = random_system(layer.__name__)
+    for x in (torch.randn(2, 0, 3), torch.randn(2, 5, 4), torch.randn(5, 3)):
+        with pytest.raises(ValueError, match=r"expected \(b, l, d\) and \(d,\)"):
+            layer(x, dt, *system)
+    with pytest.raises(ValueError, match="recurrence, convolution, auto"):
+        layer(torch.randn(2, 5, 3), dt, *system, impl="scan")
+
+
+@pytest.mark.parametrize("layer, tolerance", [(s4, 2e-5), (s4d, 1.5e-5)])
+def test_float32_convolution_stays_near_float32_steps(layer, tolerance):
+    """n = 64, l = 1024, relative to the largest output."""
+    torch.manual_seed(0)
+    dt, C = torch.exp(torch.rand(4) * math.log(100) + math.log(0.001)), torch.randn(4, 64, dtype=torch.complex64)
+    system = [t.to(torch.complex64).expand(4, -1) for t in (dplr_legs(64)[:3] if layer is s4 else s4d_init("lin", 128))]
+    x = torch.randn(1, 1024, 4)
+    steps, conv = (layer(x, dt, *system, C, impl=impl)[0] for impl in ("recurrence", "convolution"))
+    assert (steps - conv).abs().max() < tolerance * steps.abs().max()

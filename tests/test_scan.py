@@ -77,20 +77,6 @@ def test_dense_discretization_of_a_diagonal_matrix_is_the_elementwise_one(rule):
         close(dense, torch.diag(want) if dense.ndim == 2 else want)
 
 
-def test_dense_discretization_of_legs():
-    """HiPPO-LegS for n = 4 and dt = 0.1 keeps a constant: Abar e_0 + Bbar = e_0 (HiPPO, 2008.07669)."""
-    m = torch.arange(4, dtype=F64)
-    root = torch.sqrt(2 * m + 1)
-    A, e0 = -torch.tril(root[:, None] * root[None], -1) - torch.diag(m + 1), torch.eye(4, dtype=F64)[0]
-    diagonals = {"bilinear": [0.9047619048, 0.8181818182, 0.7391304348, 0.6666666667],
-                 "zoh": [0.9048374180, 0.8187307531, 0.7408182207, 0.6703200460]}
-    for rule, diagonal in diagonals.items():
-        Abar, Bbar = discretize_dense(0.1, A, root, rule)
-        close(Abar.diagonal(), torch.tensor(diagonal, dtype=F64), 1e-9)
-        close(Abar @ e0 + Bbar, e0)
-    close(discretize_dense(0.1, A, root, "bilinear")[0][3, 2], torch.tensor(-0.4287014336, dtype=F64), 1e-9)
-
-
 def test_gated_rnn_is_the_one_dimensional_case_under_zoh():
     """Mamba theorem 1: A = -1, B = 1, dt = softplus(z) gives h_t = (1 - s(z)) h_{t-1} + s(z) x_t, s the sigmoid."""
     z = torch.linspace(-4, 4, 9, dtype=F64)
