@@ -44,7 +44,6 @@ from train import (RunFlags, check, evaluate, fit, flag, join_processes, open_ru
 @dataclass
 class Flags(RunFlags):
     out: str = flag("out/student", "folder of the run")
-    lr: float = flag(2e-3, "peak learning rate")
     teacher: str = flag("out/attention", "a checkpoint or run with attention layers, a Llama of Hugging Face too")
     student: str = flag("", "the student of an earlier stage, to go on with; empty makes one from the teacher")
     keep_attention: float = flag(0.25, "share of the layers that stay attention, evenly spread")

@@ -672,12 +672,12 @@ def distillation_runs(root, quick):
         align, rest, batch = 2, 4, 2
     runs = [(root / "teacher", train, f"--layer attention {shape} --lr 3e-3 {data}")]
     for share in SHARES:
-        student = f"--teacher {root / 'teacher'} --keep_attention {share} --batch_size {batch} {data}"
+        student = f"--teacher {root / 'teacher'} --keep_attention {share} --batch_size {batch} --warmup 10 {data}"
         for init in ("attention", "random"):
             done = root / f"{share}_{init}"
-            runs.append((aligned(done), distill, f"{student} --init {init} --stage align --lr 5e-3 --steps {align}"))
-            runs.append((done, distill, f"{student} --student {aligned(done)} --lr 3e-3 --steps {rest}"))
-        scratch = f"{student} --init scratch --kl 0 --ce 1 --lr 3e-3"
+            runs.append((aligned(done), distill, f"{student} --init {init} --stage align --lr 1e-2 --steps {align}"))
+            runs.append((done, distill, f"{student} --student {aligned(done)} --lr 8e-3 --steps {rest}"))
+        scratch = f"{student} --init scratch --kl 0 --ce 1"
         runs.append((root / f"{share}_scratch", distill, f"{scratch} --steps {align + rest}"))
         runs.append((root / f"{share}_scratch_longer", distill, f"{scratch} --steps {3 * (align + rest) // 2}"))
     return runs
