@@ -166,7 +166,7 @@ def inventory(student, new, init):
                 known = part in SOURCE
                 label = f"{SOURCE[part][0].upper()} -> {part}" if known else "z, dt, A, D, convolution, norm"
                 add(label, w.numel(), old or known and init == "attention", p)
-    return [(part, count, origin, fate) for (part, origin, fate), count in sorted(rows.items())]
+    return [(part, count, origin, fate) for (part, origin, fate), count in rows.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +298,7 @@ def load_source(path, teacher, device, dtype):
 
 
 def load_text(name, vocab):
+    """Bytes, or token ids where the teacher reads more kinds of them than bytes are."""
     return load_corpus(name) if vocab == 256 else load_tokens(name, vocab)
 
 
