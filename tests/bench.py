@@ -705,16 +705,29 @@ def make_run(folder, script, flags):
 
 
 def describe_run(folder):
-    """A row: bits per byte at the end, bytes and seconds of all stages, recall."""
+    """A row: bits per byte before the first step, after alignment and at the end; bytes and seconds of all; recall."""
     model, extra = load(folder)
     done, val = stages(folder), load_corpus(extra["flags"]["data"]).val
     gaps = (64, 1024) if "scratch" not in folder.name else ()
     row = {"table": "distillation", "model": folder.name, "parameters": sum(p.numel() for p in model.parameters()),
            "val_bpb": done[-1]["val_bpb"], "bytes": sum(stage["bytes"] for stage in done),
            "seconds": sum(stage["seconds"] for stage in done), "recall": {gap: recall(model, val, gap) for gap in gaps}}
-    print(f"  {folder.name:28}{row['val_bpb']:8.4f}{row['bytes']:12,}{row['seconds']:8.0f}"
-          + "".join(f"{bits:10.3f}" for bits in row["recall"].values()), flush=True)
+    if len(done) > 1:
+        row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val), "aligned_bpb": done[0]["val_bpb"]}
+    print(f"  {folder.name:22}" + "".join(f"{row[k]:9.4f}" if k in row else f"{'':9}" for k in BPB) + f"{row['bytes']:11,}"
+          f"{row['seconds']:7.0f}" + "".join(f"{bits:9.3f}" for bits in row["recall"].values()), flush=True)
     return row
+
+
+BPB = ("first_bpb", "aligned_bpb", "val_bpb")
+
+
+def beginning(flags, val):
+    """Bits per byte of a student as it was made."""
+    teacher = load(flags["teacher"])[0]
+    torch.manual_seed(flags["seed"])
+    student = make_student(teacher, flags["layer"], flags["keep_attention"], flags["init"])
+    return evaluate(student, val, flags["seq_len"], 16)[0]
 
 
 @torch.inference_mode()
@@ -766,7 +779,7 @@ def bench_distill(c):
     rows, names = [], ["teacher", *(f"{share}_attention" for share in SHARES)]
     for run in distillation_runs(root, c.quick):
         make_run(*run)
-    print(f"\n  {'':28}{'val_bpb':>8}{'bytes':>12}{'s':>8}   recall at 64, 1,024")
+    print(f"\n  {'':22}" + "".join(f"{k:>9}" for k in ("first", "aligned", "end")) + f"{'bytes':>11}{'s':>7}   recall at 64, 1,024")
     rows += [describe_run(run[0]) for run in distillation_runs(root, c.quick) if not run[0].name.endswith("aligned")]
     for share in SHARES:
         cells = [Cell(p, make_distillation, {"path": p, "share": share, **size}, kind, size["b"] * size["l"])

@@ -17,7 +17,7 @@ import model
 import sample
 import train
 from data.corpus import load_tokens
-from distill import align_loss, copy_attention, dpo_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
+from distill import align_loss, dpo_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
 from model import LM, Config, load
 from scan import ssd
 
