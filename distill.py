@@ -307,7 +307,7 @@ def run(argv):
     c, resumed = open_run(c, given, LIFELONG)
     check(c)
     check_distillation(c)
-    where = _, world, device = join_processes(pick_device(c.device))
+    where = rank, world, device = join_processes(pick_device(c.device))
     if c.stage == "align" and world > 1:
         raise ConfigError("--stage align runs in one process; start it without torchrun")
     dtype, _ = pick_dtype(c.dtype, device)
@@ -323,7 +323,7 @@ def run(argv):
     if c.stage != "all" and not mixers:
         raise ConfigError(f"--stage {c.stage} trains new mixers, and --keep_attention {c.keep_attention} leaves none")
     freeze(student, c.stage, mixers)
-    if not resumed:
+    if rank == 0 and not resumed:
         show(c, teacher, student, replaced(student, source), corpus)
     return fit(c, where, student, extra, corpus, make_loss(c, teacher, mixers), "distill.py")
 
