@@ -964,9 +964,9 @@ def bench_s4(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # selection
 
-SELECTION = "--d_model 64 --n_layer 2 --seq_len 256 --batch_size 16"
-STEPS = {("selective_copy", "mamba"): 800, ("selective_copy", "s4d"): 800, ("selective_copy", "s4"): 800,
-         ("induction", "mamba"): 1000, ("induction", "s4d"): 1000}
+SELECTION = "--d_model 64 --n_layer 2 --seq_len 256 --batch_size 16 --lr 0.01"
+STEPS = {("selective_copy", "mamba"): 600, ("selective_copy", "s4d"): 600, ("selective_copy", "s4"): 600,
+         ("induction", "mamba"): 1500, ("induction", "s4d"): 1500}
 
 
 def accuracy(model, task, length, count):
