@@ -1066,7 +1066,7 @@ def figures():
     draw("decode_context.svg", measured("decode", table="decoding after a context", mode="writing"), "context",
          lambda row: row["ms_per_byte"], "bytes read before", "ms per byte written", "linear")
     draw("length.svg", measured("robust", table="position"), "to", lambda row: row["bpb"],
-         "up to this position (trained on the first part)", "bits per byte", "log")
+         "up to this position (trained on the first part)", "bits per byte", "linear")
     if (ASSETS / "bench_gpu.json").exists():
         draw_errors()
     draw("selective_copy.svg", measured("selection", table="selective_copy"), "length", lambda row: 100 * row["accuracy"],
