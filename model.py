@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
 from data.corpus import whole_file
-from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd, ssd_state
+from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
 
 
 class ConfigError(ValueError):
@@ -162,8 +162,17 @@ class S4(S4D):
 # Pieces that Mamba and Mamba-2 share
 
 
+def _shifted_products(seen, taps, bias):
+    """y_t = bias + sum_j taps_j x_{t+j}: seen (b, k-1+l, d), taps (k, d), bias (d,) -> y (b, l, d)."""
+    l = seen.shape[1] - len(taps) + 1
+    y = torch.addcmul(bias, seen[:, :l], taps[0])
+    for j in range(1, len(taps)):
+        y.addcmul_(seen[:, j:j + l], taps[j])
+    return y
+
+
 class _CausalConv(torch.autograd.Function):
-    """y_t = bias + sum_j taps_j x_{t+j}: seen (b, k-1+l, d), taps (k, d), bias (d,) -> y (b, l, d).
+    """_shifted_products with a backward of its own.
 
     The same shifted products run backwards, into one buffer: autograd would make a dozen tensors of the size of y, and
     a tenth of a training step on a CPU goes into touching their memory.
@@ -171,12 +180,8 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, seen, taps, bias):
-        k, l = len(taps), seen.shape[1] - len(taps) + 1
         ctx.save_for_backward(seen, taps)
-        y = torch.addcmul(bias, seen[:, :l], taps[0])
-        for j in range(1, k):
-            y.addcmul_(seen[:, j:j + l], taps[j])
-        return y
+        return _shifted_products(seen, taps, bias)
 
     @staticmethod
     @once_differentiable
@@ -206,15 +211,11 @@ def causal_conv(x, weight, bias, tail, keep=None):
     if keep is None:
         tail = seen[:, l:]
     else:
-        tail = seen[torch.arange(b, device=x.device)[:, None], keep[:, None] + torch.arange(k - 1, device=x.device)]
+        tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     if l == 1:  # a byte at a time: one product
         return (wide * taps).sum(1, keepdim=True) + bias, tail
-    return _CausalConv.apply(wide, taps.contiguous(), bias), tail
-
-
-def cut(dt, keep):
-    """dt (b, l, ...) with zeros from position keep (b,) on: a step of no length, exp(0) h + 0 B x = h, leaves the state."""
-    return dt * (torch.arange(dt.shape[1], device=dt.device) < keep[:, None])[..., None]
+    convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # its bookkeeping costs as much again
+    return convolve(wide, taps.contiguous(), bias), tail
 
 
 def init_dt_bias(size):
@@ -251,16 +252,13 @@ class Mamba(nn.Module):
 
     def forward(self, x, state=None, keep=None):
         n = self.A_log.shape[1]
-        conv, before = state or (None, None)
+        conv, h = state or (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
         u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_proj.in_features, n, n], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
-        A = -torch.exp(self.A_log)
-        y, h = selective_scan(u, dt, A, B, C, self.D, before)
-        if keep is not None:
-            _, h = selective_scan(u, cut(dt, keep), A, B, C, None, before)
+        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h, keep=keep)
         return self.out_proj(y * F.silu(z)), MambaState(conv, h)
 
 
@@ -285,16 +283,14 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
 
     def forward(self, x, state=None, keep=None):
-        conv, before = state or (None, None)
+        conv, h = state or (None, None)
         z, u, dt = self.in_proj(x).split(self.sizes, dim=-1)
         u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
         d, gn = self.sizes[0], self.groups * self.n
         u, B, C = F.silu(u).split([d, gn, gn], dim=-1)
-        dt, A = F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)  # (b, l, nh), (nh,)
-        u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
-        y, h = ssd(u, dt, A, B, C, self.D, before)
-        if keep is not None:
-            h = ssd_state(u, cut(dt, keep), A, B, before)
+        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
+        y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
+                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h, keep=keep)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
         return self.out_proj(y), MambaState(conv, h)

@@ -44,7 +44,7 @@ class Flags:
     crlf: bool = flag(False, "lines end in CR LF inside the model, in LF outside: for the PG19 models of MambaByte")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
-    draft: str = flag("", "speculate: what guesses ahead, a checkpoint of the same bytes or ngram; the law stays --ckpt's")
+    draft: str = flag("", "what guesses ahead, a checkpoint of bytes or words, or ngram; the law stays --ckpt's")
     k: int = flag(8, "bytes to guess at a time, or words if the drafter reads words")
     rule: str = flag("exact", "what decides on a guess: exact, point_mass, or top_beta, which changes the law")
     beta: int = flag(3, "top_beta accepts a byte among the beta likeliest")
@@ -77,7 +77,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.inference_mode()
 def prefill(model, tokens, state=None):
-    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), and the state; (None, state) if there are none."""
+    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), or None if there are none, and the state."""
     if tokens.shape[1] == 0:
         return None, state
     for piece in tokens.split(PREFILL, dim=1):
@@ -177,19 +177,19 @@ def capture_step(step, token, state):
 #
 # A call that reads k bytes costs little more than one that reads a single byte, so whatever is accepted is nearly free.
 # The rules below decide on guesses such that the text follows the model's own law exactly, whatever the drafter does.
-# They take arrays of any kind that calculates, torch or numpy, a row for every guess and one more, which stands for the
-# byte after the last guess: p (.., k+1, v) are the model's laws, hot marks the guessed bytes by ones, and q are the laws that
-# the guesses were drawn from. A guess that is not there, like that last one, is a row of zeros in hot and q. The answer is
-# each guess's chance of being accepted if those before it were, and the laws of the byte that takes the place of the first
-# one refused.
+# They take arrays of any kind that calculates, torch or numpy, with a row for every guess and one more, which stands for
+# the byte after the last guess: p (.., k+1, v) are the model's laws, hot marks the guessed bytes by ones, q are the laws
+# that the guesses were drawn from. A guess that is not there, like that last one, is a row of zeros in hot and q. The
+# answer is each guess's chance of being accepted if those before it were, and the laws of the byte that takes the place
+# of the first one refused.
 
 
 def exact(p, q, hot, scores=None):
-    """Accept with min(1, p/q), else draw from (p - q)+ normed: then the byte's law is p (Leviathan et al. 2023; Chen et al. 2023).
+    """Accept with min(1, p/q), else draw from (p - q)+ normed (Leviathan et al. 2023; Chen et al. 2023).
 
-    Exact for any p and q, provided each guess was drawn from its q, given those before it. Of the byte b, accepted guesses
-    bring min(p, q), refused ones (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing is
-    accepted and p is left: the byte after the last guess needs no rule of its own.
+    The byte's law is p, for any p and q, provided each guess was drawn from its q, given those before it: what is accepted
+    brings min(p, q), what is not (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing
+    is accepted and p is left, so the byte after the last guess needs no rule of its own.
     """
     p_b, q_b = (p * hot).sum(-1), (q * hot).sum(-1)
     left = (p - q).clip(min=0)
@@ -208,19 +208,19 @@ def point_mass(p, q, hot, scores=None):
 def top_beta(p, q, hot, scores, beta=3):
     """Accept every guess among the beta highest scores, ties in its favour (MambaByte 2024): NOT exact for beta > 1.
 
-    Then each byte is only sure to be among the beta likeliest: guesses have the drafter's law inside that set. With beta = 1
-    and p at temperature 0 it is the greedy text, whatever is guessed. Scores (.., k+1, v) are logits or probabilities.
+    All that is sure is that each byte is among the beta likeliest; inside that set guesses have the drafter's law. With
+    beta = 1 and p at temperature 0 it is the greedy text, whatever is guessed. Scores (.., k+1, v): the model's logits.
     """
     rank = (scores > (scores * hot).sum(-1)[..., None]).sum(-1)
     return (rank < beta) * hot.sum(-1), p
 
 
 def reveal(q, branches):
-    """The laws (n, 256) of a word's bytes, one after the other, if the word is drawn from q: what `exact` takes for a subword.
+    """The laws (n, 256) of a word's bytes, one after the other, when the word is drawn from q: `exact` takes them as q.
 
-    q are the laws of all words in the order of their bytes, branches (n, 257) say for each prefix of the word which ones go on
-    with byte b, from bounds[b] to bounds[b+1]. A byte has the mass of those words over that of all words longer than the
-    prefix. Whether the word ends here was the drafter's own draw, made before the byte was, so it cannot bias the text.
+    q is the law of all words, in the order of their bytes; branches (n, 257) say for each prefix of the word which ones
+    go on with byte b: from branches[b] to branches[b + 1]. A byte has their mass over that of all words longer than the
+    prefix. That the word does not end here is the drafter's own draw, made before the byte's: it cannot bias the text.
     """
     mass = np.diff(np.concatenate([[0], np.cumsum(q)])[branches], axis=1)
     return mass / mass.sum(1, keepdims=True)
@@ -230,10 +230,11 @@ RULES = {"exact": exact, "point_mass": point_mass, "top_beta": top_beta}
 
 
 def read(model, text, start, end, ahead, state):
-    """One call that brings the state from text[:start] to text[:end] and looks at `ahead` guesses behind it, by row.
+    """One call brings the state from text[:start] to text[:end] and looks at `ahead` guesses behind it, row by row.
 
-    Returns logits (b, ahead + 1, v) for the bytes from end on, and the state after text[:end]: the guesses leave no trace in
-    it, so there is nothing to roll back. What came true is read again by the next call, from the old state.
+    Returns logits (b, ahead + 1, v) for the bytes from end on, and the state after text[:end]. Guesses leave no trace in
+    the state, so nothing is rolled back: what came true is read again by the next call, as in the Mamba in the Llama
+    (Wang et al. 2024, section 4), but from its bytes, not from inputs kept in every layer.
     """
     lag = [e - s for s, e in zip(start, end)]
     width = max(lag) + ahead
@@ -246,14 +247,14 @@ def read(model, text, start, end, ahead, state):
 class ByteDrafter:
     """A smaller model of the same bytes, which draws its guesses from the same kind of law.
 
-    It goes byte by byte, so the states at all k positions exist anyway, and the one where the text left the guesses is taken.
+    It goes byte by byte, so the states at all k positions exist anyway, and is put back by taking the one it needs.
     """
 
     def __init__(self, model):
         self.model, self.states = model, None
 
     def draft(self, text, end, k, law, generator):
-        """Guesses (b, k) for text[end:], and the laws (b, k, v) that they were drawn from. text (b, ...), end by row."""
+        """Guesses (b, k) for text[end:], and the laws (b, k, v) that they were drawn from; end is a list, by row."""
         if self.states is None:
             start, state = [e - 1 for e in end], prefill(self.model, text[:, :end[0] - 1])[1]
         else:
@@ -279,10 +280,11 @@ def pick(states, index):
 
 
 class SubwordDrafter:
-    """A model over byte-pair words (MambaByte 2024): k words make about 3 k guesses, in k calls instead of 3 k. Batch 1.
+    """A model over byte-pair words (MambaByte 2024): k words make about 3 k guesses, in k calls, not 3 k. Batch 1.
 
-    After a refusal the text may end inside a word. What is left over is encoded; all of its words but the last are read, and
-    the next word is drawn among those that begin with the last, so that words need not end where a refusal happened to be.
+    After a refusal the text may end inside a word, and the words guessed before may not be those that the text has now. So
+    the state goes back to where a piece began, what follows is encoded anew, all of its words but the last are read, and
+    the next word is drawn among those that begin with the last.
     """
 
     def __init__(self, model, words):
@@ -292,15 +294,18 @@ class SubwordDrafter:
     def draft(self, text, end, k, law, generator):
         """Guesses (1, n) for text[0, end[0]:], the bytes of k words, and their laws (1, n, 256)."""
         end = end[0]
-        if self.states is None:  # (bytes read, logits, state) before every word of the last draft
+        if self.states is None:  # (bytes read, logits, state) where a piece began, and before every word from there on
             self.states = [(0, *prefill(self.model, text.new_tensor([[10]])))]  # a text begins as after a newline
-        read, logits, state = [s for s in self.states if s[0] < end][-1]
+        first = self.states[0][0]
+        cuts = self.words.cuts(bytes(text[0, first:end].tolist()))
+        self.states = [s for s in self.states if s[0] - first in cuts][-1:]
+        read, logits, state = self.states[0]
         rest = self.words.encode(bytes(text[0, read:end].tolist())).tolist()
         if rest[:-1]:
             logits, state = prefill(self.model, text.new_tensor([rest[:-1]]), state)
         prefix, guesses, laws = self.words.words[rest[-1]], b"", []
         read = end - len(prefix)
-        self.states = [(read, logits, state)]
+        self.states.append((read, logits, state))
         for i in range(k):
             word, q = self.draw(logits, prefix, law, generator)
             new, read = self.words.words[word], read + len(self.words.words[word])
@@ -324,17 +329,17 @@ class SubwordDrafter:
 
 
 class NgramDrafter:
-    """No model: guesses what followed the longest suffix of the text, in the text itself or in a corpus (prompt lookup).
+    """No model: guesses what followed the longest suffix of the text, earlier in the text or in a corpus (prompt lookup).
 
-    The corpus is an array of positions, sorted by the 8 bytes before each, the nearest first: the two neighbours of where the
-    text's own last 8 bytes belong share the longest suffix with it.
+    The corpus's positions are sorted by the 8 bytes before each, the nearest first: where the text's own last 8 bytes
+    belong, the two neighbours share the longest suffix with it.
     """
 
     def __init__(self, corpus=b"", shortest=3):
         self.corpus, self.shortest, self.texts = bytes(corpus), shortest, None
-        before = np.zeros(len(self.corpus) + 1, np.uint64)  # before[i]: bytes i-1, i-2, .. i-8, the nearest highest
-        for j in range(8):
-            before[j + 1:] |= np.frombuffer(self.corpus, np.uint8)[:len(self.corpus) - j].astype(np.uint64) << np.uint64(56 - 8 * j)
+        data, before = np.frombuffer(self.corpus, np.uint8), np.zeros(len(self.corpus) + 1, np.uint64)
+        for j in range(8):  # before[i]: bytes i-1, i-2, .. i-8, the nearest highest
+            before[j + 1:] |= data[:len(data) - j].astype(np.uint64) << np.uint64(56 - 8 * j)
         self.order = np.argsort(before, kind="stable")
         self.sorted = before[self.order]
 
@@ -391,8 +396,9 @@ class Stats:
     def report(self, count, plain):
         """A few lines, for the seconds that plain writing of the same count of bytes takes."""
         seconds = self.drafting + self.verifying
-        return (f"{len(self.rounds) and sum(a + 1 for _, a in self.rounds) / len(self.rounds):.2f} bytes per call of the model and text, "
-                f"{self.calls} calls\naccepted by position: {' '.join(f'{a:.2f}' for a in self.acceptance())}\n"
+        written = sum(accepted + 1 for _, accepted in self.rounds)
+        return (f"{written / len(self.rounds):.2f} bytes per call of the model, {self.calls} calls\n"
+                f"accepted by position: {' '.join(f'{a:.2f}' for a in self.acceptance())}\n"
                 f"drafting {self.drafting:.2f} s, verifying {self.verifying:.2f} s, {count / seconds:,.0f} bytes/s; "
                 f"plain {plain:.2f} s, {count / plain:,.0f} bytes/s: {plain / seconds:.2f} times as fast")
 
@@ -401,9 +407,9 @@ class Stats:
 def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None, stats=None, to_boundary=False):
     """What generate yields, and in the same law if the rule is exact, in fewer calls of the model.
 
-    Rows accept different numbers of guesses: each has a text of its own length, and a state that covers its text up to what
-    the last round added. Rows that are done early go on for the others' sake; nobody sees that. to_boundary, at batch 1:
-    no guesses from a refusal to the next white space.
+    Rows accept different numbers of guesses: each has a text of its own length, and a state that covers its text up to
+    what the last round added. Rows that are done early go on for the others' sake; nobody sees that. to_boundary, at
+    batch 1: no guesses from a refusal to the next white space.
     """
     b, l = tokens.shape
     stats = stats or Stats()
@@ -414,8 +420,8 @@ def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None,
         began = time.perf_counter()
         guesses, q = drafter.draft(text, end, 0 if refused else k, law, generator)
         n, drafted = guesses.shape[1], time.perf_counter()
-        if max(end) + 2 * n + 2 > text.shape[1]:
-            text = F.pad(text, (0, count + 2 * n + 2))
+        if (room := max(end) + max(e - s for s, e in zip(start, end)) + n + 1) > text.shape[1]:
+            text = F.pad(text, (0, room))
         for row, e, guess in zip(text, end, guesses.clamp(min=0)):
             row[e:e + n] = guess
         logits, state = read(model, text, start, end, n, state)
@@ -424,7 +430,7 @@ def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None,
         q = hot if q is None else F.pad(q, (0, 0, 0, 1))  # without a law of their own the guesses are certain
         chance, after = rule(p, q, hot, logits)
         true = torch.bernoulli(chance, generator=generator).cumprod(1).sum(1).long()  # (b,) accepted
-        byte = torch.multinomial(after[torch.arange(b), true], 1, generator=generator)
+        byte = torch.multinomial(after[torch.arange(b, device=v.device), true], 1, generator=generator)
         accepted = true.tolist()  # all that the host needs to know
         start, end = end, [e + n + 1 for e, n in zip(end, accepted)]
         for row, e, t in zip(text, end, byte):
@@ -433,7 +439,8 @@ def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None,
             refused = (refused or accepted[0] < n) and byte.item() not in b" \n"
         stats.rounds += [(n, a) for a in accepted]
         stats.calls += 1
-        stats.drafting, stats.verifying = stats.drafting + drafted - began, stats.verifying + time.perf_counter() - drafted
+        stats.drafting += drafted - began
+        stats.verifying += time.perf_counter() - drafted
         yield from text[:, shown:min(min(end), l + count)].unbind(1)
         shown = max(shown, min(end))
 
@@ -535,6 +542,8 @@ def check(c):
         raise ConfigError(f"--seed {c.seed} does not fit in 64 bits")
     if c.k < 1 or c.beta < 1:
         raise ConfigError(f"--k {c.k} and --beta {c.beta} must be 1 or more")
+    if c.draft and (c.compile or c.fill):
+        raise ConfigError(f"--draft and --{'compile' if c.compile else 'fill'} exclude each other")
     if c.to_boundary and c.batch > 1:
         raise ConfigError(f"--to_boundary takes --batch 1, not {c.batch}")
     if c.rule not in RULES:
@@ -557,14 +566,15 @@ def run(argv):
         folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     if extra.get("merges"):
-        raise ConfigError(f"--ckpt {c.ckpt} reads words; it drafts: sample.py --ckpt RUN --draft {c.ckpt}, RUN a run over bytes")
+        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it only drafts: --draft {c.ckpt} --ckpt, and a model of bytes")
     drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
         print(f"attention keeps a cache of {f'its last {model.config.window}' if model.config.window else 'all'} positions",
               file=sys.stderr)
     tokens = torch.tensor([read_holes(c) if c.fill else encode(prompt, model.config.vocab, c.crlf)] * c.batch, device=device)
-    generator, show = torch.Generator(device).manual_seed(c.seed), functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf)
+    generator = torch.Generator(device).manual_seed(c.seed)
+    show = functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf)
 
     def law(logits):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
@@ -591,8 +601,9 @@ def make_drafter(c, model, extra, device, dtype):
     """What --draft names: ngram, over the corpus that the model was trained on, or a checkpoint."""
     batched = all(layer.removesuffix("+mlp") in ("mamba", "mamba2") for layer in model.config.layers)
     if c.batch > 1 and not batched:
+        kinds = ", ".join(sorted(set(model.config.layers)))
         raise ConfigError(f"--batch {c.batch} with --draft needs layers of mamba or mamba2, whose rows may keep different "
-                          f"numbers of bytes; {c.ckpt} has {', '.join(sorted(set(model.config.layers)))}; use --batch 1")
+                          f"numbers of bytes; {c.ckpt} has {kinds}; use --batch 1")
     if c.draft == "ngram":
         name = extra.get("flags", {}).get("data")
         return NgramDrafter(load_corpus(name).train if name else b"")
@@ -603,16 +614,17 @@ def make_drafter(c, model, extra, device, dtype):
             raise ConfigError(f"--batch {c.batch}: {c.draft} drafts words, which takes --batch 1")
         return SubwordDrafter(drafter, BPE(own["merges"]))
     if drafter.config.vocab != model.config.vocab:
-        raise ConfigError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab} and {c.ckpt} one of {model.config.vocab}; "
-                          "they must be the same, or the drafter's one of words: train.py --bpe")
+        raise ConfigError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab}, {c.ckpt} one of "
+                          f"{model.config.vocab}; they must be the same, or the drafter's made by train.py --bpe")
     return ByteDrafter(drafter)
 
 
 def write_speculated(model, tokens, law, generator, prompt, c, drafter, show):
-    """The text as a drafter guesses and the model decides; with --stats also what it took, and plain writing beside it."""
+    """What the drafter guesses and the model decides; with --stats also what it took, and plain writing beside it."""
     rule = functools.partial(top_beta, beta=c.beta) if c.rule == "top_beta" else RULES[c.rule]
     if c.rule == "top_beta" and c.beta > 1:
-        print(f"--rule top_beta: this text does not follow the model's law; each byte is among the {c.beta} likeliest", file=sys.stderr)
+        print(f"--rule top_beta: this text does not follow the model's law; each byte is among the {c.beta} likeliest",
+              file=sys.stderr)
     stats = Stats()
     write(speculate(model, tokens, c.bytes, law, drafter, c.k, rule, generator, stats, c.to_boundary), prompt, c, show)
     if c.stats:

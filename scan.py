@@ -493,13 +493,14 @@ def _write(powers, x):
 # inputs have b l d numbers, the states b l d n. The fast path therefore never holds all of them at once.
 
 
-def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU, else chunked.
+    for one step, else triton on a CUDA GPU, else chunked. keep (b,): h_last is the state after row i's first keep[i] steps;
+    without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
     """
     (b, l, d), n = x.shape, A.shape[1]
     for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
@@ -507,24 +508,34 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
         if t is not None and t.shape != shape or l == 0:
             raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
     if _takes_triton("naive" if l == 1 and impl == "auto" else impl, x):
-        return _selective_triton(x, dt, A, B, C, D, h0)
+        y, h = _selective_triton(x, dt, A, B, C, D, h0)
+        return y, h if keep is None else _selective_triton(x, _cut(dt, keep), A, B, C, None, h0)[1]
     wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
     if h0 is None:
         h0 = wide.new_zeros(b, d, n)
     path = _pick(impl, SELECTIVE_SCANS, "naive" if l == 1 else "chunked")  # one step needs no machinery
+    if keep is not None:
+        path = functools.partial(_selective_naive, keep=keep)
     with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
     return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
 
 
-def _selective_naive(x, dt, A, B, C, h):
+def _cut(dt, keep):
+    """dt (b, l, ...) with zeros from step keep (b,) on: a step of no length leaves the state, exp(0) h + 0 B x = h."""
+    return dt * (torch.arange(dt.shape[1], device=dt.device) < keep[:, None])[..., None]
+
+
+def _selective_naive(x, dt, A, B, C, h, keep=None):
     """The definition, one step at a time."""
-    ys = []
-    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+    ys, kept = [], h
+    for t, (x_t, dt_t, B_t, C_t) in enumerate(zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1))):
         Abar, Bbar = discretize(dt_t[:, :, None], A, B_t[:, None], "mamba")  # (b, d, n)
         h = Abar * h + Bbar * x_t[:, :, None]
         ys.append((h * C_t[:, None]).sum(-1))  # (b, d)
-    return torch.stack(ys, dim=1), h
+        if keep is not None:
+            kept = torch.where((t < keep)[:, None, None], h, kept)
+    return torch.stack(ys, dim=1), h if keep is None else kept
 
 
 def _selective_parallel(x, dt, A, B, C, h0):
@@ -625,12 +636,13 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "
 #    chunked     l q (n + p)  l q a head                    quadratic inside chunks of q, the scan of section 2 between
 
 
-def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (Mamba-2, sections 5 and 6)
 
     x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
     D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep (b,): h_last is the state
+    after row i's first keep[i] steps; always by the quadratic form, for what reads ahead is short.
     """
     (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
     for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
@@ -641,17 +653,12 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     if h0 is None:
         h0 = wide.new_zeros(b, nh, p, n)
     path = _pick(impl, SSDS, "naive" if l == 1 else "chunked")
+    if keep is not None:
+        path = functools.partial(_ssd_quadratic, keep=keep)
     with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
         y = y if D is None else torch.addcmul(y, wide, D[:, None])
     return y.to(x.dtype), h
-
-
-def ssd_state(x, dt, A, B, h0=None):
-    """The last state alone, h_last (b, nh, p, n): shapes as in ssd. It is one matrix product."""
-    wide, dt, A, B, h0 = _wide(x, dt, A, B, h0)
-    with _no_autocast(x.device):
-        return _ssd_last_state(wide, dt, _log_decays(dt, A), B, h0)
 
 
 def _ssd_naive(x, dt, A, B, C, h):
@@ -672,10 +679,14 @@ def _log_decays(dt, A):
     return torch.cumsum(dt.to(wide) * A, dim=1)
 
 
-def _ssd_quadratic(x, dt, A, B, C, h0):
+def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
     """Masked attention over the whole length."""
     c = _log_decays(dt, A)
-    return _ssd_attend(x, dt, c, B, C, h0), _ssd_last_state(x, dt, c, B, h0)
+    y = _ssd_attend(x, dt, c, B, C, h0)
+    if keep is not None:
+        dt = _cut(dt, keep)
+        c = _log_decays(dt, A)
+    return y, _ssd_last_state(x, dt, c, B, h0)
 
 
 def _ssd_chunked(x, dt, A, B, C, h0, size=32):
@@ -700,13 +711,13 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
 
 def _ssd_attend(x, dt, c, B, C, h0):
     """y_i = exp(c_i) h0 C_i + sum_{j <= i} exp(c_i - c_j) (C_i . B_j) dt_j x_j for every position i."""
-    g, c = B.shape[2], c.transpose(1, 2)  # c (b, nh, l)
-    C = C.transpose(1, 2)
-    scores = (C @ B.permute(0, 2, 3, 1)).tril()  # (b, g, l, l), zero where j > i
+    g, c, C = B.shape[2], c.transpose(1, 2), C.permute(0, 2, 3, 1)  # c (b, nh, l), C (b, g, n, l)
+    scores = (B.transpose(1, 2) @ C).mT.tril()  # (b, g, l, l), zero where j > i
     L = _Decays.apply(c, x.dtype).unflatten(1, (g, -1)) * scores[:, :, None]  # (b, g, nh/g, l, l)
     inside = L.flatten(1, 2) @ (dt[..., None] * x).transpose(1, 2)  # (b, nh, l, p)
-    from_h0 = C[:, :, None] @ h0.unflatten(1, (g, -1)).transpose(3, 4)  # (b, g, nh/g, l, p)
-    return torch.addcmul(inside, c.to(x.dtype).exp()[..., None], from_h0.flatten(1, 2)).transpose(1, 2)
+    from_h0 = h0.unflatten(1, (g, -1)).flatten(2, 3) @ C  # (b, g, p nh/g, l), one product a group
+    from_h0 = from_h0.unflatten(2, (-1, x.shape[3])).flatten(1, 2).mT  # (b, nh, l, p)
+    return torch.addcmul(inside, c.to(x.dtype).exp()[..., None], from_h0).transpose(1, 2)
 
 
 class _Decays(torch.autograd.Function):

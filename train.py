@@ -94,7 +94,7 @@ class RunFlags:
 class Flags(RunFlags):
     objective: str = flag("next", "next byte; an encoder learns mask (15 % of the bytes, from both sides) or diffusion")
     layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; of an encoder s4d (default) or attention")
-    bpe: int = flag(0, "byte-pair merges to learn: the model reads words, as a drafter for sample.py --draft; 0 reads bytes")
+    bpe: int = flag(0, "byte-pair merges: the model reads words, as a drafter for sample.py --draft; 0 reads bytes")
     block: str = flag("", "of an encoder: gated (default) or stacked")
     span: int = flag(1, "mask: bytes are masked in runs of so many")
     eval_only: bool = flag(False, "validate the checkpoint in --out, a run's or a published one, and stop")
@@ -143,7 +143,7 @@ def check(c):
 
 
 def reads_bytes(path, model, c, merges=()):
-    """ConfigError unless the checkpoint's model is one of bytes, or of words over them, and of the kind that --objective trains."""
+    """ConfigError unless the checkpoint's model is one of bytes, or words, and of the kind that --objective trains."""
     if model.config.vocab > MASK + 1 and not merges:
         raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; only models of bytes are trained here")
     if bool(model.config.block) != (c.objective != "next"):
@@ -592,7 +592,8 @@ class Run:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.ruined("weights are not finite")
         save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
-             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state(), merges=list(self.merges))
+             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state(),
+             merges=list(self.merges))
 
     def ruined(self, what):
         """The error that ends a run which has blown up."""
@@ -604,7 +605,8 @@ class Run:
     def record(self, **figures):
         """One line of log.jsonl."""
         keys = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
-        self.log.write(json.dumps({"step": self.step, "bytes": round(self.step * self.c.batch_size * self.c.seq_len * self.word),
+        read = round(self.step * self.c.batch_size * self.c.seq_len * self.word)
+        self.log.write(json.dumps({"step": self.step, "bytes": read,
                                    "seconds": round(self.seconds, 3), **{k: figures.get(k) for k in keys}}) + "\n")
 
     def validate(self, stop):
@@ -636,8 +638,8 @@ def run(argv):
 def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     """Train model in the folder c.out until the budget is spent: the exit status.
 
-    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on. With merges the model
-    reads the words that they make of the corpus; figures are bits per byte all the same.
+    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on. With merges the
+    model reads the words that they make of the corpus; figures are bits per byte all the same.
     """
     rank, world, device = where
     if c.batch_size % (world * c.accumulate):
@@ -670,8 +672,8 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
         train(r, fast, tokens, loss_of, rank, world, device, stop)
         if rank == 0:
             report(r.validate(stop), corpus.val, c)
-            use = f"draft with it: python sample.py --draft {r.folder}" if merges else f"let it write: python sample.py --ckpt {r.folder}"
-            use += ' --fill "what is ____ in the middle"' * bool(c.block)
+            use = "draft with it: python sample.py --draft" if merges else "let it write: python sample.py --ckpt"
+            use += f" {r.folder}" + ' --fill "what is ____ in the middle"' * bool(c.block)
             print(f"saved       {r.folder}/best.pt" + f"; {use}" * (not callable(corpus.val)))
     except Interrupted:
         if rank == 0:

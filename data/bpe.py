@@ -1,8 +1,8 @@
 """Byte-pair encoding: a vocabulary of words over bytes, learned from a corpus.
 
-The words are the 256 single bytes and one more for every merge of two words that often stand side by side (Sennrich et
-al. 2016), so any bytes can be written and come back unchanged. A text is first cut into pieces, words with the space before
-them, signs, white space, and no merge crosses a cut (GPT-2): pieces repeat, and each distinct one is worked on once.
+The words are the 256 single bytes and one more for every merge of two words that often stand side by side (Sennrich
+et al. 2016), so any bytes can be written and come back unchanged. A text is first cut into pieces: words with the space
+before them, signs, white space. No merge crosses a cut (GPT-2); pieces repeat, so each distinct one is worked on once.
 """
 import re
 from array import array
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from data.corpus import DataError
 
-PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")  # every byte is in one; none is longer
+PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")  # every byte is in one, at most 25
 
 
 def learn_merges(data, count):
-    """count pairs of words (int, int), most frequent first: merge i makes word 256 + i. DataError if there are not as many.
+    """count pairs of words, (int, int), the most frequent first: merge i makes word 256 + i. DataError if there are fewer.
 
     Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
     """
@@ -35,7 +35,8 @@ def learn_merges(data, count):
     for word in tqdm(range(256, 256 + count), desc="byte pairs", leave=False, disable=None):
         pair = max(pairs, key=pairs.get, default=None)  # the first one in a tie
         if pair is None or pairs[pair] < 2:
-            raise DataError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; lower it or choose a larger --data")
+            raise DataError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; "
+                            "lower it or choose a larger --data")
         merges.append(pair)
         for i in holders.pop(pair):
             merged = merge(pieces[i], pair, word)
@@ -50,7 +51,7 @@ def learn_merges(data, count):
 
 
 def merge(words, pair, word):
-    """The list with every occurrence of the pair, from the left, replaced by word: [1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]."""
+    """The list with word for every occurrence of the pair, from the left: [1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]."""
     out, i = [], 0
     while i < len(words):
         both = words[i:i + 2] == [*pair]
@@ -86,6 +87,10 @@ class BPE:
             out += self.pieces[piece]
         return np.array(out, np.uint16)
 
+    def cuts(self, data):
+        """Where the pieces of data begin: to encode it from one of them on gives the words that all of it has there."""
+        return [match.start() for match in PIECE.finditer(data)]
+
     def encode_piece(self, piece):
         """Always the merge that was learned first, until none applies."""
         words = list(piece)
@@ -104,7 +109,7 @@ class BPE:
         return bisect_left(self.sorted, prefix), bisect_left(self.sorted, prefix + b"\xff" * 99)
 
     def branches(self, prefix):
-        """257 bounds: the words that go on after prefix with byte b are sorted[bounds[b]:bounds[b + 1]]; prefix itself is not among them."""
+        """257 bounds: the words that go on after prefix with byte b are sorted[bounds[b]:bounds[b + 1]]."""
         if prefix not in self.bounds:
             starts = [bisect_left(self.sorted, prefix + bytes([b])) for b in range(256)]
             self.bounds[prefix] = np.array([*starts, self.span(prefix)[1]])

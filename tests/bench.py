@@ -10,6 +10,8 @@
     gpu       the kernels on a GPU: time beside the floor, memory, errors, training and captured decoding
     s4        kernels, layers, the error of convolutions against steps, and what a HiPPO state remembers
     selection accuracy on selective copying and induction heads, by length; trains what is not trained yet
+    speculate speculative against plain writing, by drafter and length of draft; trains its models into out/speculate,
+              and goes on there where it was stopped
     figures   assets/*.svg from the JSON files that the others wrote
 
 Every path lives in a process of its own, a worker, so that its peak memory is its own: what it held at most above what
@@ -46,12 +48,14 @@ import torch.nn.functional as F
 
 import distill
 import train
+from data.bpe import BPE
 from data.corpus import load_corpus, windows
 from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, MIXERS, Block, Config, ConfigError, load, save
-from sample import capture_step, compile_step, filter_logits, generate, prefill
+from sample import (RULES, ByteDrafter, NgramDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
+                    generate, prefill, read, speculate)
 from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
                   tl)
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
@@ -998,6 +1002,112 @@ def bench_selection(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# speculate: in one process, plain and speculative writing in turn
+
+SPECULATION = {"target": "--d_model 160 --n_layer 12 --steps 500",  # train.py's flags: what README says
+               "words": "--n_layer 1 --bpe 1024 --seq_len 256 --steps 1200",
+               "bytes": "--n_layer 1 --d_model 128 --steps 600"}
+LENGTHS = {"words": (3, 4, 2, 6, 1), "ngram": (8, 16, 4, 32, 2), "bytes": (4, 6, 2, 8, 1)}  # the most interesting first
+
+
+def speculation_model(name, folder, quick):
+    """(model, extra) of a run in folder, trained now if it is not there; a run that was stopped is resumed."""
+    flags, last = SPECULATION[name].split(), folder / name / "last.pt"
+    if quick:
+        flags = f"--d_model 16 --head_dim 8 --n_layer 1 --steps 2 --seq_len 64 --data scan.py {'--bpe 9' * (name == 'words')}".split()
+    steps = parse(train.Flags, flags, "")[0].steps
+    if not last.exists() or load(last)[1]["step"] < steps:
+        if train.main([*flags, "--out", str(folder / name), *["--resume"] * last.exists()]):
+            raise ConfigError(f"{folder / name} is not trained yet; run this again to go on")
+    return load(last)
+
+
+def make_drafter(name, folder, corpus, quick):
+    if name == "ngram":
+        return NgramDrafter(corpus.train)
+    model, extra = speculation_model(name, folder, quick)
+    return SubwordDrafter(model, BPE(extra["merges"])) if name == "words" else ByteDrafter(model)
+
+
+def write_both(model, drafter, prompts, count, k, temperature, rule="exact", to_boundary=False):
+    """One row: speculative writing after every prompt, and plain writing of as many bytes beside it."""
+    law, stats, plain = functools.partial(filter_logits, temperature=temperature), Stats(), 0.0
+    for seed, prompt in enumerate(prompts):
+        g = torch.Generator().manual_seed(seed)
+        drafter.states = drafter.texts = None  # a new text
+        for _ in speculate(model, prompt, count, law, drafter, k, RULES[rule], g, stats, to_boundary):
+            pass
+        began = time.perf_counter()
+        for _ in generate(model, prompt, count, law, g):
+            pass
+        plain += time.perf_counter() - began
+    bytes_, seconds = sum(a + 1 for _, a in stats.rounds), stats.drafting + stats.verifying
+    return {"bytes_per_call": bytes_ / stats.calls, "guessed_per_call": sum(n for n, _ in stats.rounds) / stats.calls,
+            "acceptance": stats.acceptance()[:16], "ms_per_byte": 1e3 * seconds / bytes_,
+            "drafting_share": stats.drafting / seconds, "call_ms": 1e3 * stats.verifying / stats.calls,
+            "plain_ms_per_byte": 1e3 * plain / (count * len(prompts)),
+            "speedup": plain / (count * len(prompts)) * bytes_ / seconds}
+
+
+def time_rollbacks(model, prompt, k=8, accepted=4):
+    """Ways to have the state after 4 accepted of 8 guesses: ms a round, and bytes of state that are held meanwhile."""
+    _, old = prefill(model, prompt)
+    text = torch.cat([prompt, prompt], dim=1)
+    size, l = sum(t.nbytes for layer in old for t in layer), prompt.shape[1]
+
+    def steps():
+        state, kept = old, []
+        for i in range(k + 1):
+            _, state = model(text[:, l + i:l + i + 1], state)
+            kept.append(state)
+
+    ways = {"read again in the next call": (lambda: read(model, text, [l], [l + accepted + 1], k, old), 1),
+            "read again at once": (lambda: [model(text[:, l:l + n], old) for n in (k + 1, accepted + 1)], 1),
+            "a state at every position": (steps, k + 1)}
+    rows = []
+    for way, (f, states) in ways.items():
+        times = sorted(timed(torch.inference_mode()(f), torch.device("cpu")) for _ in range(9))
+        rows.append({"table": "rollback", "path": way, "ms": 1e3 * times[4], "state_bytes": states * size})
+        print(f"  {way:32}{1e3 * times[4]:8.2f} ms{states * size / 1e3:10,.0f} kB of state")
+    return rows
+
+
+def bench_speculate(c):
+    """Bytes per call of the target, and time against plain writing, by drafter, guesses, temperature and rule."""
+    keep_memory()
+    folder, corpus = Path("out") / f"speculate{'_quick' * c.quick}", load_corpus("scan.py" if c.quick else "python")
+    target, _ = speculation_model("target", folder, c.quick)
+    kept = folder / "rows.jsonl"  # a row at once, so that nothing is measured twice
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    count, starts = (8, (0,)) if c.quick else (200, (50_000, 200_000, 350_000))
+    prompts = [torch.tensor([corpus.val[s:s + 100].tolist()]) for s in starts]
+    cells = [{"path": path, "k": lengths[i], "temperature": temperature} for i in range(1 if c.quick else 5)
+             for path, lengths in LENGTHS.items() for temperature in (1.0, 0.0, 0.5)[:2 if i else 3]]
+    cells += [{"path": "words", "k": 3, "temperature": t, **how} for t in (1.0, 0.0)
+              for how in ({"rule": "point_mass"}, {"rule": "top_beta"}, {"to_boundary": True})]
+    drafters = {}
+    print(f"{'drafter':10}{'k':>3}{'temp.':>7}  {'':12}{'bytes/call':>11}{'guessed':>9}{'ms/byte':>9}{'plain':>8}{'ratio':>7}")
+    for cell in cells:
+        row = next((r for r in rows if cell.items() <= r.items() and len(r) == len(cell) + 9), None)
+        if row is None:
+            if cell["path"] not in drafters:
+                drafters[cell["path"]] = make_drafter(cell["path"], folder, corpus, c.quick)
+            drafter = drafters[cell["path"]]
+            how = {n: v for n, v in cell.items() if n != "path"}
+            if not rows:
+                write_both(target, drafter, prompts[:1], 20, **how)  # threads and libraries set up
+            row = {"table": "speculation", **cell, **write_both(target, drafter, prompts, count, **how)}
+            rows.append(row)
+            with open(kept, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        other = " ".join(str(v) if n == "rule" else n for n, v in cell.items() if n in ("rule", "to_boundary"))
+        print(f"{row['path']:10}{row['k']:3}{row['temperature']:7}  {other:12}{row['bytes_per_call']:11.2f}"
+              f"{row['guessed_per_call']:9.2f}{row['ms_per_byte']:9.2f}{row['plain_ms_per_byte']:8.2f}{row['speedup']:7.2f}",
+              flush=True)
+    return rows + time_rollbacks(target, prompts[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures
 
 
@@ -1074,6 +1184,13 @@ def figures():
     draw("induction.svg", measured("selection", table="induction"), "length", lambda row: 100 * row["accuracy"],
          "length (trained on 256)", "induction: right, %", "linear")
     draw("legs.svg", measured("s4", table="legs"), "age", lambda row: row["value"], "age", "x(now - age)", "linear", "linear")
+    rows = [{**row, "path": f"{row['path']}, temperature {row['temperature']:g}", "memory": "default"}
+            for row in measured("speculate", table="speculation") if "rule" not in row and "to_boundary" not in row]
+    rows = sorted((row for row in rows if not row["path"].endswith("0.5")), key=lambda row: (row["path"], row["k"]))
+    draw("speculate.svg", rows, "k", lambda row: row["speedup"], "guesses: words, or bytes",
+         "times as fast as plain writing", "linear")
+    draw("speculate_calls.svg", rows, "k", lambda row: row["bytes_per_call"], "guesses: words, or bytes",
+         "bytes per call of the model", "linear")
     return 0
 
 
@@ -1082,7 +1199,8 @@ def figures():
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
               "robust": bench_robust, "published": bench_published, "distill": bench_distill,
-              "gpu": bench_gpu, "s4": bench_s4, "selection": bench_selection}
+              "gpu": bench_gpu, "s4": bench_s4, "selection": bench_selection,
+              "speculate": bench_speculate}
 
 
 def hardware():
