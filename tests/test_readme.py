@@ -26,12 +26,12 @@ def commands(script):
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
-    known |= {"--nproc_per_node", "--quick", "--json", "--help"}
+    known |= {"--nproc_per_node", "--quick", "--json", "--help", "--local"}  # the last is hf's --local-dir
     assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", README)} <= known
 
 
 def test_every_file_and_test_in_the_readme_exists():
-    for name in set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README)) - {"input.txt", "me.txt"}:
+    for name in set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README)) - {"input.txt", "me.txt", "vocab.txt"}:
         assert (ROOT / name).exists(), name
     for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", README)):
         assert f"def {test}(" in (ROOT / file).read_text(), test
@@ -45,6 +45,8 @@ def test_training_commands_run(args, tmp_path, monkeypatch):
     assert train.parse(train.Flags, args, "")[0]  # as printed, every flag is known and every value of its type
     small = {"data": text, "out": tmp_path / "run", "steps": 2, "minutes": 0, "d_model": 32, "n_layer": 1, "n_head": 2,
              "seq_len": 8, "batch_size": 2, "device": "cpu", "accumulate": 1}
+    if "--bpe" in args:
+        small["bpe"] = 4
     changing = [a for a in args if a in ("--resume", "--eval_only")]
     if changing:  # these need a run to go on with
         assert train.main([x for k, v in small.items() for x in ("--" + k, str(v))]) == 0
@@ -58,11 +60,13 @@ def test_training_commands_run(args, tmp_path, monkeypatch):
 def test_sampling_commands_run(args, tmp_path, capsysbinary):
     text = tmp_path / "me.txt"
     text.write_bytes(b"to be or not to be " * 20)
-    assert train.main(["--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", "--d_model", "32",
-                       "--n_layer", "1", "--seq_len", "8", "--batch_size", "2", "--device", "cpu"]) == 0
     given = sample.parse(sample.Flags, args, "")[1]
-    prompt = [] if "prompt_file" not in given else ["--prompt_file", str(text)]
-    cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu", *prompt]
+    assert train.main(["--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", "--d_model", "32",
+                       "--objective", "mask" if "fill" in given else "next",
+                       "--n_layer", "1", "--seq_len", "8", "--batch_size", "2", "--device", "cpu"]) == 0
+    cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu"]
+    cut += ["--prompt_file", str(text)] if "prompt_file" in given else []
+    cut += ["--draft", str(tmp_path / "run")] if given.get("draft", "ngram") != "ngram" else []
     assert sample.main([a for a in args if a != "--compile"] + cut) == 0
 
 
