@@ -89,7 +89,7 @@ def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
         mixer.dt_proj.weight.zero_()
     seen = []
     scan = model.selective_scan
-    monkeypatch.setattr(model, "selective_scan", lambda x, dt, *rest: seen.append(dt) or scan(x, dt, *rest))
+    monkeypatch.setattr(model, "selective_scan", lambda x, dt, *rest, **more: seen.append(dt) or scan(x, dt, *rest, **more))
     mixer(torch.randn(1, 3, 24, dtype=F64))
     assert torch.equal(seen[0], F.softplus(mixer.dt_proj.bias).expand(1, 3, -1))
 
