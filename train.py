@@ -280,7 +280,7 @@ def masked_diffusion(before, targets, seed, first):
 
 def choose(k, l, seed, first, span=1):
     """k (b,) places of each row at random, in runs of span: booleans (b, l), and the generator to go on with."""
-    rng = np.random.default_rng((seed, first, 1))  # windows() has (seed, step), to which a 0 here would be equal
+    rng = np.random.default_rng((seed, first, 1))  # windows() has (seed, epoch), to which a 0 here would be equal
     run = (rng.integers(span, size=(len(k), 1)) + np.arange(l)) // span  # (b, l), the first run may be cut short
     order = np.take_along_axis(rng.random((len(k), l // span + 2)), run, 1).argsort(1, kind="stable")
     return order.argsort(1) < k[:, None], rng
@@ -316,11 +316,15 @@ def unit_of(c):
     return "bits per target" if c.data in TASKS else OBJECTIVES[c.objective][1]
 
 
-def surprise(logits, targets):
-    """Mean nats of each row's targets, -log p, float32 or wider: logits (b, l, v), targets (b, l) -> (b,)."""
+def nats_of(logits, targets):
+    """-log p of each target, 0 where there is none, float32 or wider: logits (b, l, v), targets (b, l) -> (b, l)."""
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=NO_TARGET)
-    return nats.view_as(targets).sum(1) / (targets != NO_TARGET).sum(1)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=NO_TARGET).view_as(targets)
+
+
+def surprise(logits, targets):
+    """Mean nats of each row's targets: logits (b, l, v), targets (b, l) -> (b,)."""
+    return nats_of(logits, targets).sum(1) / (targets != NO_TARGET).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,8 +441,7 @@ def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcon
         for x, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
             with cast:
                 logits, state = model(x, state)
-            logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-            nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").view_as(y).cpu())
+            nats.append(nats_of(logits, y).cpu())
         rows.append(torch.cat(nats, dim=1))
     return torch.cat(rows) if rows else torch.empty(0, length)
 

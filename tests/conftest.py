@@ -2,8 +2,27 @@
 interprets its kernels, if it is told so before scan.py imports it."""
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A file of 1,000 bytes; its last 100 validate."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(100))[:1000])
+    return path
+
+
+class Code:
+    """Pickles as a call of open: what a malicious checkpoint would do, with something worse than open."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

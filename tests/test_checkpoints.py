@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import Code
 from data.checkpoints import CheckpointError, read_safetensors
 from model import Config, load, make_model, save
 
@@ -340,16 +341,6 @@ def test_shards_that_are_missing_or_repeat_each_other_are_named(tmp_path):
     assert "b.bin repeats an earlier file's" in failure(tmp_path)
     (tmp_path / "b.bin").unlink()
     assert "b.bin cannot be read: No such file" in failure(tmp_path)
-
-
-class Code:
-    """Pickles as a call of open: what a malicious checkpoint would do, with something worse than open."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from conftest import Code
 from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Mamba, Mamba2, causal_conv,
                    init_dt_bias, load, rotate, save)
 
@@ -507,16 +508,6 @@ def test_a_checkpoint_that_does_not_fit_says_where(tmp_path):
         assert "does not fit" in found and message in found
     torch.save({"format": FORMAT, "model": model.state_dict()}, path)
     assert "config" in failure(path)
-
-
-class Code:
-    """Pickles as a call of open: what a malicious checkpoint would do, with something worse than open."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

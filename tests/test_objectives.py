@@ -18,13 +18,6 @@ TINY = "--d_model 16 --n_layer 1 --d_state 4 --n_head 2 --seq_len 16 --batch_siz
 F64 = torch.float64
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(100))[:1000])
-    return path
-
-
 def argv(corpus, out, *flags):
     return [*TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)]
 

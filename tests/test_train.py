@@ -29,14 +29,6 @@ LAYERS = ["mamba", "mamba2", "s4", "s4d", "attention"]
 F64 = torch.float64
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """A file of 1,000 bytes; its last 100 validate."""
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(100))[:1000])
-    return path
-
-
 def argv(corpus, out, *flags):
     return [*TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)]
 
