@@ -746,8 +746,8 @@ class _Decays(torch.autograd.Function):
 def _ssd_last_state(x, dt, c, B, h0):
     """h_last = exp(c_l) h0 + sum_j exp(c_l - c_j) dt_j x_j B_j^T; an h0 of None is zero."""
     decay = (c[:, -1:] - c).to(x.dtype).exp()  # (b, l, nh)
-    u = ((dt * decay)[..., None] * x).unflatten(2, (B.shape[2], -1))  # (b, l, g, nh/g, p)
-    h = (u.permute(0, 2, 3, 4, 1) @ B.transpose(1, 2)[:, :, None]).flatten(1, 2)  # (b, nh, p, n)
+    u = ((dt * decay)[..., None] * x).unflatten(2, (B.shape[2], -1)).flatten(3)  # (b, l, g, p nh/g)
+    h = (u.permute(0, 2, 3, 1) @ B.transpose(1, 2)).unflatten(2, (-1, x.shape[3])).flatten(1, 2)  # (b, nh, p, n)
     return h if h0 is None else torch.addcmul(h, c[:, -1, :, None, None].to(x.dtype).exp(), h0)
 
 

@@ -73,7 +73,7 @@ class RunFlags:
     objective, block, span, bpe = "next", "", 1, 0  # no flags here: only train.py has encoders and words
     data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8; train.py also selective_copy, induction")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
-    steps: int = flag(1200, "optimizer steps, unless --minutes is given")
+    steps: int = flag(2200, "optimizer steps, unless --minutes is given")
     minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
     resume: bool = flag(False, "go on with the run in --out; flags not given are the run's own")
     eval_every: int = flag(0, "validate every so many steps too, not only at the end")
@@ -82,7 +82,7 @@ class RunFlags:
     dtype: str = flag("auto", "float32, bfloat16 (autocast) or float64; auto is bfloat16 on CUDA, else float32")
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
     seq_len: int = flag(128, "bytes in a window")
-    batch_size: int = flag(16, "windows in a step, over all processes")
+    batch_size: int = flag(8, "windows in a step, over all processes")
     accumulate: int = flag(1, "parts a process cuts its windows into, one after the other, to save memory")
     lr: float = flag(5e-3, "peak learning rate")
     warmup: int = flag(50, "steps of linear warm-up, under a line that falls from the peak to zero")
