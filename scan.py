@@ -13,7 +13,7 @@ Glossary. Capitals are the papers' state-space quantities, lower-case letters si
     y          (b, l, d)                  y                    y           output
     dt         (b, l, d), positive        Delta                Delta       step size; S4 has one a channel
     A          (d, n), Re A < 0           A                    A           h' = A h + B x, A diagonal
-    B, C       (b, l, n)                  B, C                 B, C        into and out of the state; S4's do not move with t
+    B, C       (b, l, n)                  B, C                 B, C        into and out of h; S4's do not move with t
     D          (d,)                       (code only)          D           skip: y += D x
     Abar Bbar  as dt A and dt B           A-bar, B-bar         A-bar, B-bar  discretized: h_t = Abar h_{t-1} + Bbar x_t
     K          (d, l)                                          K-bar       kernel: y = K * x where nothing moves with t
@@ -54,8 +54,8 @@ def discretize(dt, A, B, rule="mamba"):
     euler     Abar = 1 + dt A,                Bbar = dt B                            first order; unstable for large dt
     mamba     Abar = exp(dt A),               Bbar = dt B                            zoh for A, Euler for B
 
-    The Mamba paper prints zoh for both, its code computes the rule named mamba here, and so do all its checkpoints: B is
-    learned, so a factor (exp(z) - 1)/z close to 1 (z = dt A) costs time and buys nothing. Real or complex.
+    The Mamba paper prints zoh for both, its code computes the rule named mamba here, and so do all its checkpoints: B
+    is learned, so a factor (exp(z) - 1)/z close to 1 (z = dt A) costs time and buys nothing. Real or complex.
     """
     z = dt * A
     if rule == "mamba":
@@ -128,7 +128,7 @@ def _wide(*tensors):
 
 
 def _no_autocast(device):
-    """A context in which nothing is narrowed; entering one costs as much as a small layer's step, so only where needed."""
+    """A context that narrows nothing; entering one costs as much as a small layer's step, so only where needed."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
@@ -150,7 +150,7 @@ def _takes_triton(impl, x):
 
 
 def _scan_naive(a, b, h):
-    """The definition. unbind, not a[:, t]: the backward of an index writes a zero tensor as large as a, at every step."""
+    """The definition. unbind, not a[:, t]: an index's backward writes a zero tensor as large as a, at every step."""
     hs = []
     for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
         h = a_t * h + b_t
@@ -224,7 +224,8 @@ def _chunks_then_carries(a, b, h):
     return out
 
 
-SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": functools.partial(_Scan.apply, _chunks_then_carries)}
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel,
+         "chunked": functools.partial(_Scan.apply, _chunks_then_carries)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): one A, B, C for all time, so the recurrence is a convolution
@@ -334,8 +335,8 @@ def s4_kernel(dt, Lambda, P, B, C, l):
                                       = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                    the rule put in
                                       = q(C', B) - g q(C', P) q(P^*, B)                            Woodbury
     with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
-    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A parameter
-    holds C, not C', so l may change at will; the price is Abar^l, n^3 log l.
+    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A
+    parameter holds C, not C', so l may change at will; the price is Abar^l, n^3 log l.
     """
     return _s4_read(_circle(dt, Lambda, P, l), P, B, C)
 
@@ -344,8 +345,8 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
 
     x (b, l, d) · dt (d,) · Lambda, P, B, C (d, n) complex · D (d,) · h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. To the convolution h0 is one more
-    push: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. To the convolution h0 is one
+    more push: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
     """
     l, wide, steps = _checked("s4", x, dt, impl)
     if steps:
@@ -499,8 +500,8 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU, else chunked. keep (b,): h_last is the state after row i's first keep[i] steps;
-    without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
+    for one step, else triton on a CUDA GPU, else chunked. keep (b,): h_last is the state after row i's first keep[i]
+    steps; without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
     """
     (b, l, d), n = x.shape, A.shape[1]
     for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
@@ -548,8 +549,8 @@ def _selective_parallel(x, dt, A, B, C, h0):
 class _SelectiveChunked(torch.autograd.Function):
     """Chunk after chunk, each small enough that its states stay in the processor's cache.
 
-    Forward keeps the state at every chunk's start and forgets the rest; backward computes a chunk's states again and walks
-    it in reverse. With g_t = dL/dh_t in total (section 2) and w_t = g_t a_t h_{t-1} = dL/d(dt_t A):
+    Forward keeps the state at every chunk's start and forgets the rest; backward computes a chunk's states again and
+    walks it in reverse. With g_t = dL/dh_t in total (section 2) and w_t = g_t a_t h_{t-1} = dL/d(dt_t A):
         g_t = C_t dy_t + a_{t+1} g_{t+1}
         dC_t = sum_d h_t dy_t       dB_t = sum_d g_t dt_t x_t      dx_t = dt_t sum_n g_t B_t
         ddt_t = sum_n w_t A + x_t sum_n g_t B_t                    dA = sum_{b,t} w_t dt_t
@@ -627,7 +628,7 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "
 # 5. SSD (Mamba-2): one decay a head instead of one a channel and state, so that the scan becomes matrix products
 #
 # Unroll h_t = a_t h_{t-1} + dt_t B_t x_t with a scalar a_t = exp(dt_t A), read it out by C_t, and attention appears:
-#     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,      L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
+#     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,  L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
 # with C as queries, B as keys, dt x as values and a decay where softmax was. Dao and Gu call it state-space duality.
 #
 #                work         memory beside the inputs      what it is
@@ -641,8 +642,8 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
 
     x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
     D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep (b,): h_last is the state
-    after row i's first keep[i] steps; always by the quadratic form, for what reads ahead is short.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep (b,): h_last is the
+    state after row i's first keep[i] steps; always by the quadratic form, for what reads ahead is short.
     """
     (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
     for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
@@ -673,8 +674,8 @@ def _ssd_naive(x, dt, A, B, C, h):
 
 
 def _log_decays(dt, A):
-    """c = cumsum(dt A) along axis 1, in float64 where the device has it: exp(c_i - c_j) of a float32 sum over 8,192 steps
-    is 0.3 % wrong, because the difference of two large numbers keeps only their absolute precision."""
+    """c = cumsum(dt A) along axis 1, in float64 where the device has it: exp(c_i - c_j) of a float32 sum over 8,192
+    steps is 0.3 % wrong, because the difference of two large numbers keeps only their absolute precision."""
     wide = dt.dtype if dt.device.type == "mps" else torch.float64
     return torch.cumsum(dt.to(wide) * A, dim=1)
 
@@ -690,8 +691,8 @@ def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
 
 
 def _ssd_chunked(x, dt, A, B, C, h0, size=32):
-    """Three steps: every chunk's last state as if it began from zero, a scan that carries states from chunk to chunk, and
-    attention inside the chunks, each from its true initial state. A last chunk that is shorter goes by itself."""
+    """Three steps: every chunk's last state as if it began from zero, a scan that carries states from chunk to chunk,
+    and attention inside the chunks, each from its true initial state. A last chunk that is shorter goes by itself."""
     b, l = x.shape[:2]
     if l <= size:
         return _ssd_quadratic(x, dt, A, B, C, h0)
@@ -721,11 +722,11 @@ def _ssd_attend(x, dt, c, B, C, h0):
 
 
 class _Decays(torch.autograd.Function):
-    """L_ij = exp(c_i - c_j) for j <= i, from c (b, nh, l) that never increases; above the diagonal 1, for tril to remove.
+    """L_ij = exp(c_i - c_j) for j <= i, from c (b, nh, l) that never increases; above the diagonal 1, for tril to cut.
 
-    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become inf,
-    and inf times the zero of a mask is NaN. dL/dc_i adds up row i of W = dL L and takes off column i; autograd would go
-    through the same numbers four times, in float64.
+    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become
+    inf, and inf times the zero of a mask is NaN. dL/dc_i adds up row i of W = dL L and takes off column i; autograd
+    would go through the same numbers four times, in float64.
     """
 
     @staticmethod
@@ -768,9 +769,9 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # Backward, with g_t = dL/dh_t in total and w_t = dL/d(dt_t A) as in section 4. What travels is q_t = a_t g_t: it obeys
 # a recurrence of the same kind, from the last step to the first, so (1) and (2) find the q that enters from behind.
 #     g_t = C_t dy_t + q_{t+1}        q_t = a_t (C_t dy_t + q_{t+1})        w_t = q_t h_{t-1}        dh0 = q_0
-# (3) needs the last h_{t-1} first. Forward kept a state a chunk; a walk through the chunk puts every fourth state into a
-# store of the program's own, small enough for the cache; and the four steps from there are a recursion four deep, whose
-# call stack, h and a, the compiler lays into registers: forward on the way in, backward on the way out.
+# (3) needs the last h_{t-1} first. Forward kept a state a chunk; a walk through the chunk puts every fourth state into
+# a store of the program's own, small enough for the cache; and the four steps from there are a recursion four deep,
+# whose call stack, h and a, the compiler lays into registers: forward on the way in, backward on the way out.
 #
 #     the floor      b l d n exponentials, of which a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock
 #                    beside 128 other instructions; and 3 b l d numbers through memory forward, 8 forward and backward.
