@@ -1,11 +1,11 @@
 """Mixers, blocks and the byte language model; letters as in scan.py.
 
 Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
-later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1) are
-one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable is
-the rollback. y, state = layer(x, state, keep) returns the state after the first keep[i] positions of row i instead, and y
-for all: what reads ahead, as speculative sampling does, keeps only what came true. Only the encoder's layers, which see
-both sides of every position, have no state.
+later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1)
+are one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable
+is the rollback. y, state = layer(x, state, keep) returns the state after the first keep[i] positions of row i instead,
+and y for all: what reads ahead, as speculative sampling does, keeps only what came true. Only the encoder's layers,
+which see both sides of every position, have no state.
 """
 import dataclasses
 import math
@@ -64,7 +64,8 @@ class Config:
         mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
             if (layer if self.block else layer.removesuffix("+mlp")) not in mixers:
-                raise ConfigError(f'layer "{layer}" is not one of {", ".join(mixers)}' + " for an encoder" * bool(self.block))
+                raise ConfigError(f'layer "{layer}" is not one of {", ".join(mixers)}'
+                                  + " for an encoder" * bool(self.block))
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head", "n_kv_head"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not positive")
@@ -75,7 +76,8 @@ class Config:
             _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
             _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
         if kinds & {"s4", "s4d"} and self.d_state % 2:
-            raise ConfigError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; try {self.d_state + 1}")
+            raise ConfigError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; "
+                              f"try {self.d_state + 1}")
         if "mamba2" in kinds:
             _divides(self.expand * self.d_model, "expand * d_model", self.head_dim, "head_dim")
 
@@ -86,7 +88,8 @@ def _divides(whole, whole_name, part, part_name, times=1):
     if whole % unit:
         low = max(whole // unit, 1) * unit
         also = f" into even sizes" if times > 1 else ""
-        raise ConfigError(f"--{whole_name} {whole} is not divisible by --{part_name} {part}{also}; try {low} or {low + unit}")
+        raise ConfigError(f"--{whole_name} {whole} is not divisible by --{part_name} {part}{also}; "
+                          f"try {low} or {low + unit}")
 
 
 def make_norm(c):
@@ -111,8 +114,8 @@ class S4D(nn.Module):
 
     y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, for C B is all that counts.
     n = d_state real numbers a channel are n/2 complex modes, each standing for itself and its conjugate: hence 2 C, and
-    this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real ones,
-    (d, n/2, 2), since .to(dtype) would drop an imaginary part.
+    this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
+    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part.
     """
 
     def __init__(self, c):
@@ -198,7 +201,7 @@ class _CausalConv(torch.autograd.Function):
 def causal_conv(x, weight, bias, tail, keep=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
-    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is zeros.
+    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is 0.
     Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position keep (b,), or l.
     """
     (b, l, d), k = x.shape, weight.shape[2]
@@ -214,7 +217,7 @@ def causal_conv(x, weight, bias, tail, keep=None):
         tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     if l == 1:  # a byte at a time: one product
         return (wide * taps).sum(1, keepdim=True) + bias, tail
-    convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # its bookkeeping costs as much again
+    convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # bookkeeping costs as much again
     return convolve(wide, taps.contiguous(), bias), tail
 
 
@@ -240,7 +243,7 @@ class Mamba(nn.Module):
         super().__init__()
         d, n, rank = c.expand * c.d_model, c.d_state, math.ceil(c.d_model / 16)
         self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
-        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds the weights; causal_conv does the work
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # the weights; causal_conv does the work
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real: A = -1 .. -n
@@ -263,7 +266,7 @@ class Mamba(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """The block of Mamba-2 (Dao and Gu 2024, section 7): one projection for everything, one decay a head, a norm at the end.
+    """The block of Mamba-2 (Dao and Gu 2024, section 7): one projection for all, one decay a head, a norm at the end.
 
     z, u, B, C, dt = W_in x;   u, B, C = silu(conv(u, B, C));   y = ssd(u, softplus(dt + dt_bias), A, B, C, D);
     output W_out (RMSNorm(y * silu(z))): the gate comes before the norm, and each of the g groups is normed on its own.
@@ -317,7 +320,7 @@ def slow_down(frequency, factor, low, high, length):
 
 
 def rotate(x, position, base, scaling=()):
-    """Rotary positions (Su et al. 2021), Llama's layout: channel i turns with channel i + size/2, by position * base^(-2i/size).
+    """Rotary positions (Su et al. 2021), Llama's layout: channels i and i + size/2 turn by position * base^(-2i/size).
 
     x (b, l, heads, size), its first position given; scaling, if any, for slow_down; angles are float32 or wider.
     """
@@ -326,8 +329,8 @@ def rotate(x, position, base, scaling=()):
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
         frequency = slow_down(frequency, *scaling)
-    angle = (position + torch.arange(x.shape[1], device=x.device, dtype=dtype))[:, None, None] * frequency  # (l, 1, half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    angle = (position + torch.arange(x.shape[1], device=x.device, dtype=dtype))[:, None, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (l, 1, half)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
@@ -365,7 +368,7 @@ class Attention(nn.Module):
         q, k, v = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t, r in ((q, 1), (k, share), (v, share)))
         if l > 1 and (k.shape[2] > l or 0 < self.window < l):
             seen, keys = k.shape[2] - l, torch.arange(k.shape[2], device=x.device)
-            ahead = keys - seen - torch.arange(l, device=x.device)[:, None]  # (l, keys), how far a key lies in the future
+            ahead = keys - seen - torch.arange(l, device=x.device)[:, None]  # (l, keys): how far a key lies ahead
             mask = ahead <= 0 if not self.window else (ahead <= 0) & (ahead > -self.window)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -412,8 +415,8 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last, or after the
-    first keep[i] of row i.
+    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last, or after
+    the first keep[i] of row i.
 
     The residual stream stays in the parameters' dtype; under autocast only the projections are narrow.
     """
@@ -428,7 +431,7 @@ class LM(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)  # small logits: the first guess is nearly uniform
         if c.tie:
             self.embedding.weight = self.lm_head.weight
-        with torch.no_grad():  # every layer adds to the residual stream: keep the sum's variance from growing with depth
+        with torch.no_grad():  # every layer adds to the residual stream: keep its variance from growing with depth
             for name, p in self.named_parameters():
                 if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
                     p /= math.sqrt(len(c.layers))
@@ -450,8 +453,8 @@ class LM(nn.Module):
 # The bidirectional encoder: BiGS, and the three models it is compared with
 #
 # An encoder sees both sides of every position, so there is no state to carry: a layer is y = layer(x, real), with real
-# (b, l) False where a text has ended and padding begins, or None. What a mixer exchanges between positions, and what the
-# block around it does, are two choices:
+# (b, l) False where a text has ended and padding begins, or None. What a mixer exchanges between positions, and what
+# the block around it does, are two choices:
 #
 #                 gated                                       stacked
 #    s4d          BiGS                                        a transformer, its attention replaced
@@ -463,8 +466,9 @@ class LM(nn.Module):
 class SharedS4D(nn.Module):
     """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022; x (b, l, d)).
 
-    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,   dt = exp(log_dt), B = 1.
-    The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each conjugate pair, so nothing is doubled.
+    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,
+    with dt = exp(log_dt), B = 1. The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each
+    conjugate pair, so nothing is doubled.
     """
 
     def __init__(self, c):
@@ -487,7 +491,8 @@ class BidirectionalS4D(nn.Module):
     """The two directions of BiGS:  W_duc SSM(gelu(W_du h)), over the text as it stands and over the text reversed.
 
     The product of the two, in a stacked block (which has no gates) their sum. Both see the present. Padding enters the
-    SSMs as zeros, so that what it holds never reaches the text; the published models let it flow backwards, as real = None does.
+    SSMs as zeros, so that what it holds never reaches the text; the published models let it flow backwards, as does
+    real = None.
     """
 
     def __init__(self, c):
@@ -537,7 +542,7 @@ class BiGS(nn.Module):
 
 
 class Stacked(nn.Module):
-    """The block of a transformer: x + mix(norm(x)), then x + W_2 gelu(W_1 norm(x)) with as many weights as BiGS has gates."""
+    """A transformer's block: x + mix(norm(x)), then x + W_2 gelu(W_1 norm(x)) with as many weights as BiGS's gates."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -601,7 +606,7 @@ def make_model(config):
 def save(path, model, layout="own", **extra):
     """Config, weights and whatever extra a run keeps, in one file, which appears under its name when it is whole.
 
-    Any other layout of data/checkpoints.py (hf opens in transformers) writes a folder for another program, without extra.
+    Any other layout of data/checkpoints.py (hf opens in transformers) is a folder for another program, without extra.
     """
     if layout != "own":
         return write(path, layout, dataclasses.asdict(model.config), model.state_dict())
@@ -610,7 +615,8 @@ def save(path, model, layout="own", **extra):
             torch.save({"format": FORMAT, "torch": str(torch.__version__), "config": dataclasses.asdict(model.config),
                         "model": model.state_dict(), **extra}, file)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; the file there before is untouched") from e
+        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; "
+                              "the file there before is untouched") from e
 
 
 def load(path, device="cpu"):
