@@ -1,7 +1,7 @@
 """Let a trained model write: python sample.py --ckpt out/mamba2 --prompt "def ".
 
-A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention keeps a cache of
-its last window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
+A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention caches its last
+window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
 In order: the law one samples from, writing byte by byte, speculative sampling, filling, the script.
 """
 import codecs
@@ -28,12 +28,13 @@ PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the
 
 @dataclass
 class Flags:
-    ckpt: str = flag("out/mamba2", "a checkpoint: a run's folder, or a published one's; models of tokens take and give ids")
+    ckpt: str = flag("out/mamba2", "a checkpoint: a run's folder, or a published one's; "
+                     "models of tokens take and give ids")
     prompt: str = flag("", "text to go on from; empty begins as after a newline")
     prompt_file: str = flag("", "the same from a file, any bytes; - is standard input")
     bytes: int = flag(500, "how many to write")
-    fill: str = flag("", "text whose underscores an encoder fills, a byte each; if it has none, --bytes of them follow it; "
-                     "with BiGS's released weights a word for each run of them")
+    fill: str = flag("", "text whose underscores an encoder fills, a byte each; if it has none, --bytes of them "
+                     "follow it; with BiGS's released weights a word for each run of them")
     steps: int = flag(0, "fill in so many rounds, equally many bytes in each; 0 is a byte a round")
     temperature: float = flag(0.8, "0 always takes the likeliest byte, 1 samples from the model as it is")
     top_k: int = flag(0, "sample from the k likeliest bytes only; 0 is all")
@@ -57,12 +58,12 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The law to sample from, as probabilities (..., v): softmax(logits / temperature), cut down and normed again.
 
     top_k keeps the k likeliest, then top_p the fewest that reach p together (Holtzman et al. 2020).
-    Temperature 0 puts everything on the likeliest, the first one in a tie. Logits (..., v), computed in float32 or wider.
+    Temperature 0 puts everything on the likeliest, the first in a tie. Logits (..., v), computed in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest is 0, so nothing overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest is 0: nothing overflows
     if 0 < top_k < logits.shape[-1]:
         order = logits.argsort(dim=-1, descending=True, stable=True)  # exactly k are kept, also in a tie
         logits = logits.scatter(-1, order[..., top_k:], -torch.inf)
@@ -77,7 +78,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.inference_mode()
 def prefill(model, tokens, state=None):
-    """Read tokens (b, l) piece by piece: the logits after the last, (b, v), or None if there are none, and the state."""
+    """Read tokens (b, l) in pieces: the logits after the last, (b, v), or None if there are none, and the state."""
     if tokens.shape[1] == 0:
         return None, state
     for piece in tokens.split(PREFILL, dim=1):
@@ -103,11 +104,11 @@ def generate(model, tokens, count, law, generator=None, step=None):
 
 @torch.inference_mode()
 def unmask(model, tokens, steps, law, generator=None, likeliest=False):
-    """Tokens (b, l) with their MASKs filled, equally many in every row, in `steps` rounds of equal shares; 0 is a byte a round.
+    """Tokens (b, l) with their MASKs, equally many a row, filled in `steps` rounds of equal shares; 0: a byte a round.
 
-    A round draws every masked byte, each as if it were the only one, and keeps its share: at random places, which with a
-    byte a round is the chain rule in a random order that masked diffusion learns, or where the model is surest (MaskGIT,
-    Chang et al. 2022). Fewer rounds are faster, and bytes kept in one round know nothing of each other.
+    A round draws every masked byte, each as if it were the only one, and keeps its share: at random places, which with
+    a byte a round is the chain rule in a random order that masked diffusion learns, or where the model is surest
+    (MaskGIT, Chang et al. 2022). Fewer rounds are faster, and bytes kept in one round know nothing of each other.
     """
     left = int((tokens[0] == MASK).sum())
     for rounds in tqdm(range(min(steps or left, left), 0, -1), desc="filling", leave=False, disable=None):
@@ -177,19 +178,19 @@ def capture_step(step, token, state):
 #
 # A call that reads k bytes costs little more than one that reads a single byte, so whatever is accepted is nearly free.
 # The rules below decide on guesses such that the text follows the model's own law exactly, whatever the drafter does.
-# They take arrays of any kind that calculates, torch or numpy, with a row for every guess and one more, which stands for
-# the byte after the last guess: p (.., k+1, v) are the model's laws, hot marks the guessed bytes by ones, q are the laws
-# that the guesses were drawn from. A guess that is not there, like that last one, is a row of zeros in hot and q. The
-# answer is each guess's chance of being accepted if those before it were, and the laws of the byte that takes the place
-# of the first one refused.
+# They take arrays of any kind that calculates, torch or numpy, with a row for every guess and one more, which stands
+# for the byte after the last guess: p (.., k+1, v) are the model's laws, hot marks the guessed bytes by ones, q are the
+# laws that the guesses were drawn from. A guess that is not there, like that last one, is a row of zeros in hot and q.
+# The answer is each guess's chance of being accepted if those before it were, and the laws of the byte that takes the
+# place of the first one refused.
 
 
 def exact(p, q, hot, scores=None):
     """Accept with min(1, p/q), else draw from (p - q)+ normed (Leviathan et al. 2023; Chen et al. 2023).
 
-    The byte's law is p, for any p and q, provided each guess was drawn from its q, given those before it: what is accepted
-    brings min(p, q), what is not (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing
-    is accepted and p is left, so the byte after the last guess needs no rule of its own.
+    The byte's law is p, for any p and q, provided each guess was drawn from its q, given those before it: what is
+    accepted brings min(p, q), what is not (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With
+    q = 0 nothing is accepted and p is left, so the byte after the last guess needs no rule of its own.
     """
     p_b, q_b = (p * hot).sum(-1), (q * hot).sum(-1)
     left = (p - q).clip(min=0)
@@ -232,8 +233,8 @@ RULES = {"exact": exact, "point_mass": point_mass, "top_beta": top_beta}
 def read(model, text, start, end, ahead, state):
     """One call brings the state from text[:start] to text[:end] and looks at `ahead` guesses behind it, row by row.
 
-    Returns logits (b, ahead + 1, v) for the bytes from end on, and the state after text[:end]. Guesses leave no trace in
-    the state, so nothing is rolled back: what came true is read again by the next call, as in the Mamba in the Llama
+    Returns logits (b, ahead + 1, v) for the bytes from end on, and the state after text[:end]. Guesses leave no trace
+    in the state, so nothing is rolled back: what came true is read again by the next call, as in the Mamba in the Llama
     (Wang et al. 2024, section 4), but from its bytes, not from inputs kept in every layer.
     """
     lag = [e - s for s, e in zip(start, end)]
@@ -282,9 +283,9 @@ def pick(states, index):
 class SubwordDrafter:
     """A model over byte-pair words (MambaByte 2024): k words make about 3 k guesses, in k calls, not 3 k. Batch 1.
 
-    After a refusal the text may end inside a word, and the words guessed before may not be those that the text has now. So
-    the state goes back to where a piece began, what follows is encoded anew, all of its words but the last are read, and
-    the next word is drawn among those that begin with the last.
+    After a refusal the text may end inside a word, and the words guessed before may not be those that the text has now.
+    So the state goes back to where a piece began, what follows is encoded anew, all of its words but the last are read,
+    and the next word is drawn among those that begin with the last.
     """
 
     def __init__(self, model, words):
@@ -329,7 +330,7 @@ class SubwordDrafter:
 
 
 class NgramDrafter:
-    """No model: guesses what followed the longest suffix of the text, earlier in the text or in a corpus (prompt lookup).
+    """No model: guesses what followed the text's longest suffix, earlier in the text or in a corpus (prompt lookup).
 
     The corpus's positions are sorted by the 8 bytes before each, the nearest first: where the text's own last 8 bytes
     belong, the two neighbours share the longest suffix with it.
@@ -488,14 +489,14 @@ def read_holes(c):
 def fill_words(model, words, text, cast, most=5):
     """Prints the text with the likeliest word in each hole, a run of underscores or [MASK], and what else was likely.
 
-    For BiGS's released weights: they were trained on texts padded to the last position, and padding flows back into them.
+    For BiGS's released weights, trained on texts padded to the last position: padding flows back into them.
     """
     ids = words.encode(re.sub("_+", "[MASK]", text))
     pad, mask = words.ids["[PAD]"], words.ids["[MASK]"]
     longest = model.config.n_position or len(ids)
     if len(ids) > longest or mask not in ids or model.config.vocab != len(words.pieces):
-        raise ConfigError(f"--fill: {len(ids)} tokens with {ids.count(mask)} holes and {len(words.pieces):,} words, expected at "
-                          f"most {longest}, at least 1 and {model.config.vocab:,}")
+        raise ConfigError(f"--fill: {len(ids)} tokens with {ids.count(mask)} holes and {len(words.pieces):,} words, "
+                          f"expected at most {longest}, at least 1 and {model.config.vocab:,}")
     tokens = torch.tensor([ids + [pad] * (longest - len(ids))], device=next(model.parameters()).device)
     with cast:
         law = torch.softmax(model(tokens)[0][0].float(), -1)  # (l, v)
@@ -504,7 +505,8 @@ def fill_words(model, words, text, cast, most=5):
         ids[ids.index(mask)] = top.indices[0].item()
     print(" ".join(words.pieces[i] for i in ids[1:-1]).replace(" ##", ""))
     for top in best:
-        print("    " + ", ".join(f"{words.pieces[i]} {p:.4f}" for p, i in zip(top.values.tolist(), top.indices.tolist())))
+        print("    " + ", ".join(f"{words.pieces[i]} {p:.4f}"
+                                 for p, i in zip(top.values.tolist(), top.indices.tolist())))
     return 0
 
 
@@ -517,7 +519,8 @@ def encode(prompt, vocab, crlf):
     except ValueError:
         ids = []
     if not ids or not 0 <= min(ids) <= max(ids) < vocab:
-        raise ConfigError(f"the model reads tokens, not bytes: --prompt takes their ids, from 0 to {vocab - 1}, and spaces")
+        raise ConfigError("the model reads tokens, not bytes: "
+                          f"--prompt takes their ids, from 0 to {vocab - 1}, and spaces")
     return ids
 
 
@@ -530,7 +533,8 @@ def decode(tokens, vocab, crlf):
 
 def check(c):
     if c.fill and (c.prompt or c.prompt_file):
-        raise ConfigError("--fill and --prompt exclude each other; what is known stands in --fill, before and after the holes")
+        raise ConfigError("--fill and --prompt exclude each other; "
+                          "what is known stands in --fill, before and after the holes")
     if c.steps < 0:
         raise ConfigError(f"--steps {c.steps} is not a number from 0 up")
     for name in ("bytes", "batch"):
@@ -561,18 +565,21 @@ def run(argv):
     model.to(dtype)
     if isinstance(model, Encoder) != bool(c.fill):
         raise ConfigError(f"{c.ckpt} is a causal model, which cannot fill holes; leave --fill out" if c.fill else
-                          f"{c.ckpt} is an encoder, which fills holes; give it --fill TEXT with an underscore for each byte")
+                          f"{c.ckpt} is an encoder, which fills holes; "
+                          "give it --fill TEXT with an underscore for each byte")
     if c.fill and extra.get("layout") == "bigs":
         folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     if extra.get("merges"):
-        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it only drafts: --draft {c.ckpt} --ckpt, and a model of bytes")
+        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it only drafts: "
+                          f"--draft {c.ckpt} --ckpt, and a model of bytes")
     drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
-        print(f"attention keeps a cache of {f'its last {model.config.window}' if model.config.window else 'all'} positions",
-              file=sys.stderr)
-    tokens = torch.tensor([read_holes(c) if c.fill else encode(prompt, model.config.vocab, c.crlf)] * c.batch, device=device)
+        print("attention keeps a cache of "
+              f"{f'its last {model.config.window}' if model.config.window else 'all'} positions", file=sys.stderr)
+    tokens = torch.tensor([read_holes(c) if c.fill else encode(prompt, model.config.vocab, c.crlf)] * c.batch,
+                          device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
     show = functools.partial(decode, vocab=model.config.vocab, crlf=c.crlf)
 
@@ -602,8 +609,8 @@ def make_drafter(c, model, extra, device, dtype):
     batched = all(layer.removesuffix("+mlp") in ("mamba", "mamba2") for layer in model.config.layers)
     if c.batch > 1 and not batched:
         kinds = ", ".join(sorted(set(model.config.layers)))
-        raise ConfigError(f"--batch {c.batch} with --draft needs layers of mamba or mamba2, whose rows may keep different "
-                          f"numbers of bytes; {c.ckpt} has {kinds}; use --batch 1")
+        raise ConfigError(f"--batch {c.batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
+                          f"different numbers of bytes; {c.ckpt} has {kinds}; use --batch 1")
     if c.draft == "ngram":
         name = extra.get("flags", {}).get("data")
         return NgramDrafter(load_corpus(name).train if name else b"")
