@@ -63,8 +63,8 @@ LIFELONG = ("teacher", "student", "keep_attention", "layer", "init", "stage")  #
 
 
 def keeps_attention(i, share):
-    """Whether layer i stays attention: up to a half the last of every 1/share layers, above it all but the first of every
-    1/(1 - share), as the paper interleaves. What a smaller share keeps, a larger one keeps too."""
+    """Whether layer i stays attention: up to a half the last of every 1/share layers, above it all but the first of
+    every 1/(1 - share), as the paper interleaves. What a smaller share keeps, a larger one keeps too."""
     if share <= 0.5:
         return share > 0 and (i + 1) % round(1 / share) == 0
     return share == 1 or i % round(1 / (1 - share)) != 0
@@ -79,7 +79,8 @@ def student_config(c, layer, share):
     if wrong and not all(name.startswith("attention") for name in c.layers):
         raise ConfigError(f"--layer {layer}: the state-space layers that are there already have {wrong}; "
                           "take the --layer they were made with")
-    layers = [name if keeps_attention(i, share) else name.replace("attention", layer) for i, name in enumerate(c.layers)]
+    layers = [name if keeps_attention(i, share) else name.replace("attention", layer)
+              for i, name in enumerate(c.layers)]
     return dataclasses.replace(c, layers=layers, **shape)
 
 
@@ -132,7 +133,7 @@ def make_student(source, layer, share, init):
 # mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end; stepwise where --student has more attention than --keep_attention leaves
 #
-# What the screen and log.jsonl call train_bpb is the stage's loss over ln 2; val_bpb is the student's own, as in train.py.
+# train_bpb on the screen and in log.jsonl is the stage's loss over ln 2; val_bpb is the student's own, as in train.py.
 
 
 def freeze(student, stage, mixers):
@@ -177,8 +178,8 @@ def inventory(student, new, init):
 class _Match(torch.autograd.Function):
     """kl KL(q || p) + reverse_kl KL(p || q) - ce log p[target],   p = softmax(student), q = softmax(teacher).
 
-    The reverse divergence is M1's (2504.10449). student, teacher (b, l, v), targets (b, l) -> a number. Value and gradient
-    in one pass over each window: with r = log p - log q, and in the student's logits,
+    The reverse divergence is M1's (2504.10449). student, teacher (b, l, v), targets (b, l) -> a number. Value and
+    gradient in one pass over each window: with r = log p - log q, and in the student's logits,
         d KL(q || p) = p - q,     d KL(p || q) = p (r - KL(p || q)),     -d log p[target] = p - onehot(target).
     One tensor of the size of the logits is kept for backward, where autograd would keep five.
     """
@@ -219,7 +220,7 @@ match = _Match.apply
 
 
 def align_loss(student, layers, read, wanted):
-    """The mean over layers of |mixer(norm(x)) - y|^2 / |y|^2: y is what the attention layer answered to what it read."""
+    """The mean over layers of |mixer(norm(x)) - y|^2 / |y|^2: y is the attention layer's answer to what it read."""
     each = [(student.layers[i].mixer(x)[0] - y).square().mean() / y.square().mean()
             for i, x, y in zip(layers, read, wanted)]
     return torch.stack(each).mean()
@@ -331,7 +332,8 @@ def run(argv):
 def show(c, teacher, student, new, corpus):
     """The table of parameters, and how far the student is from its teacher before the first step."""
     kept = [str(i) for i, layer in enumerate(student.config.layers) if layer.startswith("attention")]
-    print(f"student     attention stays in layers {', '.join(kept) or 'none'} of {len(student.layers)}; --stage {c.stage}")
+    print(f"student     attention stays in layers {', '.join(kept) or 'none'} of {len(student.layers)}; "
+          f"--stage {c.stage}")
     for part, count, origin, fate in inventory(student, new, c.init):
         print(f"            {part:40}{count:>12,}  {origin:8}{fate}")
     glance = corpus.val[:GLANCE]
