@@ -1,6 +1,6 @@
 """Train a byte language model: python train.py, or -h for the flags.
 
-In order: the flags, where it runs, what is predicted, what the optimizer decays, validation, the run's folder, the loop.
+In order: flags, where it runs, what is predicted, what the optimizer decays, validation, the run's folder, the loop.
 Every figure is in bits per byte: nats / ln 2.
 """
 import argparse
@@ -42,12 +42,13 @@ def flag(default, text):
 
 
 def parse(cls, argv, description):
-    """The dataclass cls from the command line, each field a --flag of its name, type and default, and a dict of what was
-    given there. A bad flag is a ConfigError; -h prints and exits."""
+    """The dataclass cls from the command line, each field a --flag of its name, type and default, and a dict of what
+    was given there. A bad flag is a ConfigError; -h prints and exits."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(cls):
         text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                {"type": f.type, "metavar": f.type.__name__})
         p.add_argument("--" + f.name, help=text.replace("%", "%%"), **kind)
 
     def error(message):
@@ -71,7 +72,8 @@ def run_script(run, argv):
 class RunFlags:
     """What every run has, whatever it trains: also distill.py's."""
     objective, block, span, bpe = "next", "", 1, 0  # no flags here: only train.py has encoders and words
-    data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8; train.py also selective_copy, induction")
+    data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8; "
+                     "train.py also selective_copy, induction")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
     steps: int = flag(2200, "optimizer steps, unless --minutes is given")
     minutes: float = flag(0.0, "train this long instead; counts training only, and the schedule follows the clock")
@@ -93,7 +95,8 @@ class RunFlags:
 @dataclass
 class Flags(RunFlags):
     objective: str = flag("next", "next byte; an encoder learns mask (15 % of the bytes, from both sides) or diffusion")
-    layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; of an encoder s4d (default) or attention")
+    layer: str = flag("", "the mixer of every layer: mamba, mamba2 (default), s4, s4d or attention; "
+                      "of an encoder s4d (default) or attention")
     bpe: int = flag(0, "byte-pair merges: the model reads words, as a drafter for sample.py --draft; 0 reads bytes")
     block: str = flag("", "of an encoder: gated (default) or stacked")
     span: int = flag(1, "mask: bytes are masked in runs of so many")
@@ -114,7 +117,8 @@ class Flags(RunFlags):
         self.out = self.out or f"out/{self.objective if encoder else self.layer}"
 
 
-MODEL_FLAGS = ("objective", "block", "layer", "bpe", "d_model", "n_layer", "d_state", "head_dim", "n_head")  # fixed for a run's whole life
+# fixed for a run's whole life
+MODEL_FLAGS = ("objective", "block", "layer", "bpe", "d_model", "n_layer", "d_state", "head_dim", "n_head")
 D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}
 
 
@@ -145,9 +149,11 @@ def check(c):
 def reads_bytes(path, model, c, merges=()):
     """ConfigError unless the checkpoint's model is one of bytes, or words, and of the kind that --objective trains."""
     if model.config.vocab > MASK + 1 and not merges:
-        raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; only models of bytes are trained here")
+        raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; "
+                          "only models of bytes are trained here")
     if bool(model.config.block) != (c.objective != "next"):
-        raise ConfigError(f"{path} is {'an encoder' if model.config.block else 'causal'}; --objective {c.objective} is not for it")
+        raise ConfigError(f"{path} is {'an encoder' if model.config.block else 'causal'}; "
+                          f"--objective {c.objective} is not for it")
 
 
 def start_from(c, given):
@@ -160,13 +166,14 @@ def start_from(c, given):
 
 
 def make_config(c, vocab=256):
-    """The model's shape from the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
+    """The model's shape by the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
 
     An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
     """
     if c.objective != "next":
-        return Config(layers=(c.layer,) * c.n_layer, block=c.block, d_model=c.d_model, vocab=MASK + 1, expand=3, norm="layer",
-                      norm_eps=1e-12, d_state=c.d_state or 64, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout)
+        return Config(layers=(c.layer,) * c.n_layer, block=c.block, d_model=c.d_model, vocab=MASK + 1, expand=3,
+                      norm="layer", norm_eps=1e-12, d_state=c.d_state or 64, n_head=c.n_head, n_kv_head=c.n_head,
+                      dropout=c.dropout)
     layer = "attention+mlp" if c.layer == "attention" else c.layer
     return Config(layers=(layer,) * c.n_layer, d_model=c.d_model, d_state=c.d_state or D_STATE.get(c.layer, 16),
                   head_dim=c.head_dim, n_head=c.n_head, n_kv_head=c.n_head, dropout=c.dropout, tie=False, vocab=vocab,
@@ -255,8 +262,8 @@ def next_byte(before, targets, seed, first):
 
 
 def masked_bytes(before, targets, seed, first, span=1):
-    """15 % of the bytes from both sides (BERT, Devlin et al. 2019): 80 % of them are masked, 10 % replaced by any byte, and
-    10 % stay as they are, so that no byte which the model sees is beyond doubt."""
+    """15 % of the bytes from both sides (BERT, Devlin et al. 2019): 80 % of them are masked, 10 % replaced by any byte,
+    and 10 % stay as they are, so that no byte which the model sees is beyond doubt."""
     b, l = targets.shape
     chosen, rng = choose(np.full(b, max(1, round(0.15 * l))), l, seed, first, span)
     dice = rng.random((b, l))
@@ -268,8 +275,8 @@ def masked_diffusion(before, targets, seed, first):
     """k of l bytes from the others, k uniform in 1 .. l: the mean loss bounds that of all bytes in a row.
 
         -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
-    This is the chain rule, averaged over all orders; with t = k/l it is the diffusion bound, an integral over t weighted
-    1/t (Sahoo et al. 2024), less the noise of how many are masked. Window j takes k from the fraction
+    This is the chain rule, averaged over all orders; with t = k/l it is the diffusion bound, an integral over t
+    weighted 1/t (Sahoo et al. 2024), less the noise of how many are masked. Window j takes k from the fraction
     (j * golden ratio) mod 1: uniform in the long run, and spread out evenly within any few windows.
     """
     b, l = targets.shape
@@ -291,7 +298,7 @@ OBJECTIVES = {"next": (next_byte, "bits per byte"), "mask": (masked_bytes, "bits
 
 
 def load_data(name):
-    """A corpus; or a task of data/synthetic.py, with the function that draws its windows, targets and all, for bytes."""
+    """A corpus; or a task of data/synthetic.py with the function that draws its windows, targets and all, for bytes."""
     if name in TASKS:
         return Corpus(name, TASKS[name], TASKS[name], f"new windows in each step, {TASK_WINDOWS} to validate")
     return load_corpus(name)
@@ -332,14 +339,14 @@ def surprise(logits, targets):
 
 
 SLOW = {"log_dt", "log_A_real", "A_real", "A_imag", "P", "B"}  # the memory of S4, S4D, BiGS; Mamba's A_log is not slow
-SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rate; S4 trains with 0.01 and these with 0.001
+SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rate; S4 trains with 0.01, these with 0.001
 
 
 def parameter_groups(model):
-    """{"decayed": names, "not decayed": names, "slow": names}: only the weights of linear layers are pulled towards zero.
+    """{"decayed": names, "not decayed": names, "slow": names}: only linear layers' weights are pulled towards zero.
 
-    By name, since shape misleads: A_log has two axes, and decaying it would pull every A towards -1. The embedding is not
-    decayed, also where the head shares it. A small change of an S4 layer's dt or A changes its whole kernel: hence slow.
+    By name, since shape misleads: A_log has two axes, and decay would pull every A towards -1. The embedding is not
+    decayed, also where the head shares it. A small change of S4's dt or A changes its whole kernel: hence slow.
     """
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     groups = {group: [] for group in SHARE}
@@ -380,7 +387,7 @@ class Interrupted(Exception):
 
 
 def validation_pieces(data, seq_len, batch_size, carried):
-    """[(the bytes before, the bytes), ...], arrays (b, l), with each byte of the data once; a newline stands before the first.
+    """[(the bytes before, the bytes), ...], arrays (b, l), each byte of the data once; a newline before the first.
 
     Not carried: windows of seq_len. Carried: one stream. A task draws windows from a seed that no run has.
     """
@@ -397,7 +404,8 @@ def validation_pieces(data, seq_len, batch_size, carried):
 
 
 @torch.inference_mode()
-def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None, objective=next_byte):
+def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False, stop=None,
+             objective=next_byte):
     """(bits per byte of data, share guessed right), each byte, or word, scored once.
 
     Not carried: each window from an empty state, so a byte is predicted from what its window has shown.
@@ -426,8 +434,8 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
 def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcontext(), piece=512):
     """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
 
-    The mean over windows is the loss by position; with stride = length / 2 the second halves, and all of the first window,
-    are what MambaByte reports: no byte is scored with less than half a window before it, and none twice.
+    The mean over windows is the loss by position; with stride = length / 2 the second halves, and all of the first
+    window, are what MambaByte reports: no byte is scored with less than half a window before it, and none twice.
     A window is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
     """
     model.eval()
@@ -463,8 +471,8 @@ def word_perplexity(bits, text):
 
 
 def validate(model, val, c, cast, stop=None, word=1.0):
-    """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever, and
-    the windows of a task are no stream. word is how many bytes a token of val stands for."""
+    """{"val_bpb": ..., "val_bpb_carried": ... or None, "val_accuracy": ...}; attention has no state to carry for ever,
+    and the windows of a task are no stream. word is how many bytes a token of val stands for."""
     bpb, accuracy = evaluate(model, val, c.seq_len, c.batch_size, cast, stop=stop, objective=make_objective(c))
     stream = model.recurrent and not callable(val)
     carried = evaluate(model, val, c.seq_len, c.batch_size, cast, True, stop)[0] / word if stream else None
@@ -477,8 +485,9 @@ def report(result, val, c):
           f"{result['val_accuracy']:.1%} guessed right")
     if result["val_bpb_carried"] is not None:
         print(f"            {result['val_bpb_carried']:.4f} with the state carried through")
-    if getattr(val, "dtype", None) == np.uint8 and c.objective != "mask" and len(val) <= 20_000_000:  # xz would take minutes
-        print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()) + ", same bytes")
+    if getattr(val, "dtype", None) == np.uint8 and c.objective != "mask" and len(val) <= 20_000_000:  # xz is slow
+        print("            " + ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items())
+              + ", same bytes")
     sys.stdout.flush()
 
 
@@ -551,7 +560,7 @@ def draw_batch(c, data, step):
 
 
 def train_step(model, optimizer, batch, c, cast, lr, loss_of):
-    """One step on this process's part of a batch, (b, 2, seq_len): loss_of(model, tokens, targets) in nats, a tensor."""
+    """One step on this process's part (b, 2, seq_len) of a batch: loss_of(model, tokens, targets) in nats, a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
     total = 0.0
@@ -594,15 +603,15 @@ class Run:
         """Never weights that are not finite: what was saved before stays."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.ruined("weights are not finite")
-        save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
-             best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c), random=torch.get_rng_state(),
-             merges=list(self.merges))
+        save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step,
+             seconds=self.seconds, best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c),
+             random=torch.get_rng_state(), merges=list(self.merges))
 
     def ruined(self, what):
         """The error that ends a run which has blown up."""
         kept = self.folder / "last.pt"
-        way_out = (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept.exists() else
-                   "nothing was saved before; try a lower --lr")
+        way_out = (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr"
+                   if kept.exists() else "nothing was saved before; try a lower --lr")
         return ConfigError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}; {way_out}")
 
     def record(self, **figures):
@@ -641,12 +650,13 @@ def run(argv):
 def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     """Train model in the folder c.out until the budget is spent: the exit status.
 
-    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on. With merges the
-    model reads the words that they make of the corpus; figures are bits per byte all the same.
+    where is join_processes', extra a resumed checkpoint's or empty, script what the user calls to go on. With merges
+    the model reads the words that they make of the corpus; figures are bits per byte all the same.
     """
     rank, world, device = where
     if c.batch_size % (world * c.accumulate):
-        raise ConfigError(f"--batch_size {c.batch_size} is not divisible by {world} processes * --accumulate {c.accumulate}")
+        raise ConfigError(f"--batch_size {c.batch_size} is not divisible by "
+                          f"{world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
     keep_memory()
     (tokens, _), (val, word) = in_words(corpus.train, merges), in_words(corpus.val, merges)
@@ -663,11 +673,13 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     else:
         r.log = open_log(r.folder, r.step)
         layers = ", ".join(f"{layer.removesuffix('+mlp')} x {n}" for layer, n in Counter(model.config.layers).items())
-        size = "" if corpus.name in TASKS else f"{len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; "
+        size = "" if corpus.name in TASKS else (f"{len(corpus.train):,} bytes to train on, "
+                                                f"{len(corpus.val):,} to validate; ")
         print(f"data        {corpus.name}: {size}{corpus.note}")
         print(f"model       {layers}, d_model {model.config.d_model}: {describe(model)}")
-        print(f"runs on     {device}, {'bfloat16' if isinstance(cast, torch.autocast) else str(dtype).removeprefix('torch.')}, "
-              f"{torch.get_num_threads()} threads, {world} process{'es' * (world > 1)}; saves to {r.folder}", flush=True)
+        numbers = "bfloat16" if isinstance(cast, torch.autocast) else str(dtype).removeprefix("torch.")
+        print(f"runs on     {device}, {numbers}, {torch.get_num_threads()} threads, "
+              f"{world} process{'es' * (world > 1)}; saves to {r.folder}", flush=True)
     fast = torch.compile(model) if c.compile else model
     fast = nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
     stop = Stop()
@@ -731,7 +743,7 @@ def train(r, model, data, loss_of, rank, world, device, stop):
 
 
 def eval_only(c, given):
-    """Validate what --out holds, a run or a published checkpoint, on its own corpus and windows unless flags say otherwise."""
+    """Validate --out, a run or a published checkpoint, on its own corpus and windows unless flags say otherwise."""
     check(c)
     model, extra = load(c.out)
     known = {n: v for n, v in extra.get("flags", {}).items() if n in vars(c)}  # a run of distill.py has others too
