@@ -18,7 +18,7 @@ PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}") 
 
 
 def learn_merges(data, count):
-    """count pairs of words, (int, int), the most frequent first: merge i makes word 256 + i. DataError if there are fewer.
+    """count pairs of words, (int, int), the most frequent first: merge i makes word 256 + i. DataError if fewer exist.
 
     Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
     """

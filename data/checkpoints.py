@@ -358,7 +358,8 @@ def read_settings(settings, rows):
             continue
         if isinstance(ours, tuple):
             if value not in ours:
-                raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only {json.dumps(ours[-1])} is known here")
+                raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, "
+                                      f"but only {json.dumps(ours[-1])} is known here")
         elif ours == "rope_scaling":
             given[ours] = read_rope(key, value)
         elif is_number(value):

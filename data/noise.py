@@ -1,7 +1,7 @@
-"""Noise on the bytes of a text: what MambaByte is tested with (2401.13660, robustness), each a function (x, p, rng) -> x.
+"""Noise on a text's bytes: what MambaByte is tested with (2401.13660, robustness), each a function (x, p, rng) -> x.
 
-Tokens of a fixed vocabulary fall apart under such noise; bytes stay bytes. x is (bytes,) uint8; what is drawn for one byte
-is independent of the others, so p is the share of the bytes that it meets.
+Tokens of a fixed vocabulary fall apart under such noise; bytes stay bytes. x is (bytes,) uint8; what is drawn for one
+byte is independent of the others, so p is the share of the bytes that it meets.
 """
 import numpy as np
 

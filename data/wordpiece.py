@@ -1,6 +1,6 @@
-"""WordPiece, the tokens of BERT and of BiGS's released weights (Wu et al. 2016): whole words, or a beginning and ##pieces.
+"""WordPiece, the tokens of BERT and BiGS's released weights (Wu et al. 2016): whole words, or a beginning and ##pieces.
 
-Text is lower-cased and loses its accents; every punctuation mark and every Chinese character is a word of its own. A word
+Text is lower-cased and loses its accents; every punctuation mark and Chinese character is a word of its own. A word
 becomes the longest piece of the vocabulary that it begins with, then the longest ##piece of what is left, and so on.
 """
 import re
