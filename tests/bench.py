@@ -56,8 +56,8 @@ from distill import freeze, make_loss, make_student, replaced
 from model import LM, MIXERS, Block, Config, ConfigError, load, save
 from sample import (RULES, ByteDrafter, NgramDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
                     generate, prefill, read, speculate)
-from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
-                  tl)
+from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan,
+                  ssd, tl)
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
                    run_script, sliding_bpb, train_step, window_nats, word_perplexity)
 
@@ -393,7 +393,8 @@ def make_ssd(path, b, l, nh, p, n, device):
 def our_config(layer, d_model, n_layer):
     """Layers of three kinds with equally many parameters, to 2 %: SwiGLU is what brings attention up to the others."""
     name = "attention+mlp" if layer == "attention" else layer
-    return Config((name,) * n_layer, d_model=d_model, d_state=N[layer], head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
+    return Config((name,) * n_layer, d_model=d_model, d_state=N[layer], head_dim=min(64, d_model),
+                  d_mlp=d_model * 7 // 8)
 
 
 def transformers_config(layer, d_model, n_layer):
@@ -650,14 +651,15 @@ def bench_published(c):
         del model
         args = {"path": "load", "folder": folder}
         return compare("published", {"weights_mb": round(size / 1e6)}, [
-            Cell("load", make_published, args), Cell("weights read once", make_published, {**args, "path": "read"}, work=1),
+            Cell("load", make_published, args),
+            Cell("weights read once", make_published, {**args, "path": "read"}, work=1),
             Cell("mamba", make_published, {**args, "path": "write"}, work=1)], c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distill: a transformer, its students, and the same students without it
 #
-# Every model is a run in a folder of its own, which a second call goes on with: after Ctrl-C only give the command again.
+# Every model is a run in a folder of its own, which a second call goes on with: after Ctrl-C repeat the command.
 
 SHARES = (0.5, 0.25, 0.125, 0.0)  # of the layers that stay attention
 RUNS = Path("out/bench_distill")
@@ -672,7 +674,8 @@ def distillation_runs(root, quick):
     data, shape = "--data shakespeare --seq_len 256", "--n_layer 8 --d_model 64 --n_head 2 --batch_size 16 --steps 600"
     align, rest, batch = 60, 180, 8
     if quick:
-        data, shape = f"--data {Path(__file__)} --seq_len 16", "--n_layer 2 --d_model 16 --n_head 2 --batch_size 4 --steps 8"
+        data, shape = (f"--data {Path(__file__)} --seq_len 16",
+                       "--n_layer 2 --d_model 16 --n_head 2 --batch_size 4 --steps 8")
         align, rest, batch = 2, 4, 2
     runs = [(root / "teacher", train, f"--layer attention {shape} --lr 3e-3 {data}")]
     for share in SHARES:
@@ -718,8 +721,9 @@ def describe_run(folder):
            "seconds": sum(stage["seconds"] for stage in done), "recall": {gap: recall(model, val, gap) for gap in gaps}}
     if len(done) > 1:
         row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val), "aligned_bpb": done[0]["val_bpb"]}
-    print(f"  {folder.name:22}" + "".join(f"{row[k]:9.4f}" if k in row else f"{'':9}" for k in BPB) + f"{row['bytes']:11,}"
-          f"{row['seconds']:7.0f}" + "".join(f"{bits:9.3f}" for bits in row["recall"].values()), flush=True)
+    print(f"  {folder.name:22}" + "".join(f"{row[k]:9.4f}" if k in row else f"{'':9}" for k in BPB)
+          + f"{row['bytes']:11,}{row['seconds']:7.0f}" + "".join(f"{bits:9.3f}" for bits in row["recall"].values()),
+          flush=True)
     return row
 
 
@@ -736,19 +740,21 @@ def beginning(flags, val):
 
 @torch.inference_mode()
 def recall(model, val, gap, count=32, size=64, cue=16):
-    """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has stood
-    gap bytes before, against another passage having stood there."""
+    """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has
+    stood gap bytes before, against another passage having stood there."""
     once, other = (torch.from_numpy(windows(val, size, count, 0, step)) for step in (0, 1))
     between, bits = torch.from_numpy(windows(val, gap, count, 0, 2)), []
     for first in (other, once):
         logits, _ = model(torch.cat([first, between, once], dim=1))
-        bits.append(F.cross_entropy(logits[:, cue - size - 1:-1].flatten(0, 1), once[:, cue:].flatten()).item() / math.log(2))
+        nats = F.cross_entropy(logits[:, cue - size - 1:-1].flatten(0, 1), once[:, cue:].flatten()).item()
+        bits.append(nats / math.log(2))
     return bits[0] - bits[1]
 
 
 def make_distillation(path, share, b, l, d_model, n_layer, device):
     """A step of the student: of plain training, or of a stage of distillation, the teacher's reading included."""
-    teacher = LM(Config(("attention+mlp",) * n_layer, d_model=d_model, n_head=2, n_kv_head=2, window=l)).to(device).eval()
+    config = Config(("attention+mlp",) * n_layer, d_model=d_model, n_head=2, n_kv_head=2, window=l)
+    teacher = LM(config).to(device).eval()
     student = make_student(teacher, "mamba2", share, "attention").to(device).train()
     c, mixers = distill.Flags(stage="align" if path == "align" else "all"), replaced(student, teacher)
     freeze(student, c.stage, mixers)
@@ -779,11 +785,13 @@ def state_mb(folder, context):
 def bench_distill(c):
     """The README's table: see distillation_runs; then speed and memory of writing, and the price of a step."""
     root = Path(tempfile.mkdtemp()) if c.quick else RUNS
-    size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2} if c.quick else {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
+    size = ({"b": 2, "l": 16, "d_model": 16, "n_layer": 2} if c.quick else
+            {"b": 8, "l": 256, "d_model": 64, "n_layer": 8})
     rows, names = [], ["teacher", *(f"{share}_attention" for share in SHARES)]
     for run in distillation_runs(root, c.quick):
         make_run(*run)
-    print(f"\n  {'':22}" + "".join(f"{k:>9}" for k in ("first", "aligned", "end")) + f"{'bytes':>11}{'s':>7}   recall at 64, 1,024")
+    print(f"\n  {'':22}" + "".join(f"{k:>9}" for k in ("first", "aligned", "end"))
+          + f"{'bytes':>11}{'s':>7}   recall at 64, 1,024")
     rows += [describe_run(run[0]) for run in distillation_runs(root, c.quick) if not run[0].name.endswith("aligned")]
     for share in SHARES:
         cells = [Cell(p, make_distillation, {"path": p, "share": share, **size}, kind, size["b"] * size["l"])
@@ -868,7 +876,8 @@ def bench_gpu(c):
     device = pick_device(c.device)
     peak = ceilings(device, c.quick)
     rows = [{"table": "ceilings", **peak}]
-    print(f"measured ceilings: {peak['bytes_per_second'] / 1e9:,.0f} GB/s, {peak['exps_per_second'] / 1e9:,.0f} G exp/s")
+    print(f"measured ceilings: {peak['bytes_per_second'] / 1e9:,.0f} GB/s, "
+          f"{peak['exps_per_second'] / 1e9:,.0f} G exp/s")
     for dtype in ("float32", "bfloat16"):
         for b, l, d, n in ((2, 9, 3, 4),) if c.quick else GPU_SHAPES:
             sizes = {"b": b, "l": l, "d": d, "n": n, "dtype": dtype}
@@ -955,7 +964,8 @@ def bench_s4(c):
     rows = []
     for l in (32,) if c.quick else (1024, 4096):
         paths = ("two small matrices", "written out")
-        rows += compare("s4d kernel", {**size, "l": l}, [Cell(p, make_kernel, {"path": p, "l": l, **size}) for p in paths], c)
+        rows += compare("s4d kernel", {**size, "l": l},
+                        [Cell(p, make_kernel, {"path": p, "l": l, **size}) for p in paths], c)
     b, l, d_model = (2, 32, 32) if c.quick else (8, 512, 256)
     paths = ("mamba", "mamba2", "s4d", "s4", "attention")
     args = {"b": b, "l": l, "d_model": d_model}
@@ -985,7 +995,7 @@ def accuracy(model, task, length, count):
 
 
 def bench_selection(c):
-    """Two layers of width 64, trained in windows of 256 in under three minutes a run; then windows of up to a million."""
+    """Two layers of width 64, trained in windows of 256 in under three minutes a run; then windows up to a million."""
     rows = []
     for (task, layer), steps in STEPS.items():
         folder = Path("out/selection" + "_quick" * c.quick) / f"{task}_{layer}"
@@ -1014,7 +1024,8 @@ def speculation_model(name, folder, quick):
     """(model, extra) of a run in folder, trained now if it is not there; a run that was stopped is resumed."""
     flags, last = SPECULATION[name].split(), folder / name / "last.pt"
     if quick:
-        flags = f"--d_model 16 --head_dim 8 --n_layer 1 --steps 2 --seq_len 64 --data scan.py {'--bpe 9' * (name == 'words')}".split()
+        flags = ("--d_model 16 --head_dim 8 --n_layer 1 --steps 2 --seq_len 64 --data scan.py "
+                 f"{'--bpe 9' * (name == 'words')}").split()
     steps = parse(train.Flags, flags, "")[0].steps
     if not last.exists() or load(last)[1]["step"] < steps:
         if train.main([*flags, "--out", str(folder / name), *["--resume"] * last.exists()]):
@@ -1086,7 +1097,8 @@ def bench_speculate(c):
     cells += [{"path": "words", "k": 3, "temperature": t, **how} for t in (1.0, 0.0)
               for how in ({"rule": "point_mass"}, {"rule": "top_beta"}, {"to_boundary": True})]
     drafters = {}
-    print(f"{'drafter':10}{'k':>3}{'temp.':>7}  {'':12}{'bytes/call':>11}{'guessed':>9}{'ms/byte':>9}{'plain':>8}{'ratio':>7}")
+    print(f"{'drafter':10}{'k':>3}{'temp.':>7}  {'':12}{'bytes/call':>11}"
+          f"{'guessed':>9}{'ms/byte':>9}{'plain':>8}{'ratio':>7}")
     for cell in cells:
         row = next((r for r in rows if cell.items() <= r.items() and len(r) == len(cell) + 9), None)
         if row is None:
@@ -1102,8 +1114,8 @@ def bench_speculate(c):
                 f.write(json.dumps(row) + "\n")
         other = " ".join(str(v) if n == "rule" else n for n, v in cell.items() if n in ("rule", "to_boundary"))
         print(f"{row['path']:10}{row['k']:3}{row['temperature']:7}  {other:12}{row['bytes_per_call']:11.2f}"
-              f"{row['guessed_per_call']:9.2f}{row['ms_per_byte']:9.2f}{row['plain_ms_per_byte']:8.2f}{row['speedup']:7.2f}",
-              flush=True)
+              f"{row['guessed_per_call']:9.2f}{row['ms_per_byte']:9.2f}{row['plain_ms_per_byte']:8.2f}"
+              f"{row['speedup']:7.2f}", flush=True)
     return rows + time_rollbacks(target, prompts[0])
 
 
@@ -1158,7 +1170,8 @@ def draw_errors():
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     places = range(len(rows))
     axes.plot(places, [row["errors"]["y"] for row in rows], "o", label="y")
-    axes.plot(places, [max(v for k, v in row["errors"].items() if k != "y") for row in rows], "s", label="worst gradient")
+    axes.plot(places, [max(v for k, v in row["errors"].items() if k != "y") for row in rows], "s",
+              label="worst gradient")
     axes.set_xticks(places, [f"{row['path']}\n{row['dtype']}" for row in rows], rotation=45)
     axes.set(yscale="log", ylabel="relative error against float64 (max norm)")
     axes.grid(alpha=0.3)
@@ -1179,11 +1192,12 @@ def figures():
          "up to this position (trained on the first part)", "bits per byte", "linear")
     if (ASSETS / "bench_gpu.json").exists():
         draw_errors()
-    draw("selective_copy.svg", measured("selection", table="selective_copy"), "length", lambda row: 100 * row["accuracy"],
-         "length (trained on 256)", "selective copying: letters right, %", "linear")
-    draw("induction.svg", measured("selection", table="induction"), "length", lambda row: 100 * row["accuracy"],
-         "length (trained on 256)", "induction: right, %", "linear")
-    draw("legs.svg", measured("s4", table="legs"), "age", lambda row: row["value"], "age", "x(now - age)", "linear", "linear")
+    draw("selective_copy.svg", measured("selection", table="selective_copy"), "length",
+         lambda row: 100 * row["accuracy"], "length (trained on 256)", "selective copying: letters right, %", "linear")
+    draw("induction.svg", measured("selection", table="induction"), "length",
+         lambda row: 100 * row["accuracy"], "length (trained on 256)", "induction: right, %", "linear")
+    draw("legs.svg", measured("s4", table="legs"), "age",
+         lambda row: row["value"], "age", "x(now - age)", "linear", "linear")
     rows = [{**row, "path": f"{row['path']}, temperature {row['temperature']:g}", "memory": "default"}
             for row in measured("speculate", table="speculation") if "rule" not in row and "to_boundary" not in row]
     rows = sorted((row for row in rows if not row["path"].endswith("0.5")), key=lambda row: (row["path"], row["k"]))
