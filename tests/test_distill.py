@@ -27,8 +27,8 @@ F64 = torch.float64
 def transformer(n_layer=4, n_head=6, n_kv_head=3, size=4, **changes):
     """A float64 transformer with grouped queries, whose norms are not all alike."""
     torch.manual_seed(0)
-    teacher = LM(Config(("attention+mlp",) * n_layer, d_model=n_head * size, n_head=n_head, n_kv_head=n_kv_head, tie=False,
-                        **changes)).double()
+    teacher = LM(Config(("attention+mlp",) * n_layer, d_model=n_head * size, n_head=n_head, n_kv_head=n_kv_head,
+                        tie=False, **changes)).double()
     with torch.no_grad():
         for p in teacher.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -53,20 +53,21 @@ def test_ssd_without_decay_is_attention_without_softmax(impl, l):
 
 
 def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax():
-    """The rows that were copied, through ssd with dt = 1 and A = 0 and the copied out_proj; keys and values are shared."""
+    """The copied rows, through ssd with dt = 1 and A = 0 and the copied out_proj; keys and values are shared."""
     teacher, x = transformer(), torch.randn(2, 11, 24, dtype=F64)
     attention, mixer = teacher.layers[1].mixer, make_student(teacher, "mamba2", 0, "attention").layers[1].mixer
     parts = {name: (x @ rows.T).unflatten(-1, (6, 4)) for name, rows in input_rows(mixer).items() if name != "dt"}
     y, _ = ssd(parts["x"], torch.ones(2, 11, 6, dtype=F64), torch.zeros(6, dtype=F64), parts["B"], parts["C"])
     q = attention.q_proj(x).unflatten(-1, (6, 4))
     k, v = (p(x).unflatten(-1, (3, 4)).repeat_interleave(2, dim=2) for p in (attention.k_proj, attention.v_proj))
-    want = attention.o_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, torch.ones(11, 11, dtype=F64).tril()).flatten(2))
+    causal = torch.ones(11, 11, dtype=F64).tril()
+    want = attention.o_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, causal).flatten(2))
     torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
 
 
 def aligned(heads, kv_heads, size, n):
-    """Share of the query slices of n channels that meet the same slice of their own key head, when slices are repeated as
-    the released Mamba-1 hybrids do: slice i of the queries reads slice i // (heads / kv_heads) of the keys."""
+    """Share of the query slices of n channels that meet the same slice of their own key head, when slices are repeated
+    as the released Mamba-1 hybrids do: slice i of the queries reads slice i // (heads / kv_heads) of the keys."""
     share, per_head = heads // kv_heads, size // n
     right = [(i // per_head // share) * per_head + i % per_head for i in range(heads * per_head)]
     return sum(i // share == r for i, r in enumerate(right)) / len(right)
@@ -89,7 +90,8 @@ def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
         mixer.dt_proj.weight.zero_()
     seen = []
     scan = model.selective_scan
-    monkeypatch.setattr(model, "selective_scan", lambda x, dt, *rest, **more: seen.append(dt) or scan(x, dt, *rest, **more))
+    monkeypatch.setattr(model, "selective_scan",
+                        lambda x, dt, *rest, **more: seen.append(dt) or scan(x, dt, *rest, **more))
     mixer(torch.randn(1, 3, 24, dtype=F64))
     assert torch.equal(seen[0], F.softplus(mixer.dt_proj.bias).expand(1, 3, -1))
 
@@ -97,7 +99,7 @@ def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
 @pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
                                          (0.75, [1, 2, 3, 5, 6, 7]), (1, list(range(8)))])
 def test_attention_stays_where_the_paper_keeps_it(share, kept):
-    """Section 3.3; every smaller share keeps a part of what a larger one keeps, so that layers can be replaced stepwise."""
+    """Section 3.3; every smaller share keeps a part of what a larger one keeps, so layers can be replaced stepwise."""
     assert [i for i in range(8) if keeps_attention(i, share)] == kept
     assert [i for i in range(32) if not keeps_attention(i, 0.75)] == list(range(0, 32, 4))
     assert [i for i in range(32) if keeps_attention(i, share)] == [i + 8 * j for j in range(4) for i in kept]
@@ -122,9 +124,10 @@ def test_all_but_the_new_parts_equals_the_teacher(layer, share):
     old, now = teacher.state_dict(), student.state_dict()
     assert {k for k in old.keys() & now.keys() if not torch.equal(old[k], now[k])} == set()
     assert {k.split("mixer.")[1] for k in now.keys() - old.keys()} == {
-        "mamba2": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight"},
-        "mamba": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log",
-                  "D", "out_proj.weight"}}[layer]
+        "mamba2": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight",
+                   "out_proj.weight"},
+        "mamba": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+                  "dt_proj.bias", "A_log", "D", "out_proj.weight"}}[layer]
     for i in new:
         attention, mixer = teacher.layers[i].mixer, student.layers[i].mixer
         assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
@@ -216,21 +219,23 @@ def test_the_fused_loss_has_the_value_and_gradient_of_its_definition(weights):
     other = student.clone().requires_grad_()
     want = sum(w * loss for w, loss in zip(weights, pieces(other, teacher, targets)))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(*(torch.autograd.grad(2 * t, x)[0] for t, x in ((got, leaf), (want, other))), rtol=1e-10, atol=1e-10)
+    gradients = (torch.autograd.grad(2 * t, x)[0] for t, x in ((got, leaf), (want, other)))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 def test_forward_and_reverse_divergence_by_hand():
     """q = (3/4, 1/4), p = (1/2, 1/2): KL(q || p) = 3/4 ln 3/2 + 1/4 ln 1/2 and KL(p || q) = 1/2 ln 2/3 + 1/2 ln 2."""
     student, teacher = torch.zeros(1, 1, 2, dtype=F64), torch.tensor([[[math.log(3), 0.0]]], dtype=F64)
     target = torch.tensor([[1]])
-    assert match(student, teacher, target, 1.0, 0.0, 0.0).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert match(student, teacher, target, 0.0, 1.0, 0.0).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
+    forward, reverse = match(student, teacher, target, 1.0, 0.0, 0.0), match(student, teacher, target, 0.0, 1.0, 0.0)
+    assert forward.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert reverse.item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
     assert match(student, None, target, 0.0, 0.0, 1.0).item() == pytest.approx(math.log(2))
 
 
 def test_both_divergences_and_their_gradients_vanish_where_the_student_is_the_teacher():
     logits = torch.randn(2, 3, 5, dtype=F64).requires_grad_()
-    loss = match(logits, logits.detach() + 1.5, torch.zeros(2, 3, dtype=torch.long), 1.0, 1.0, 0.0)  # softmax ignores the 1.5
+    loss = match(logits, logits.detach() + 1.5, torch.zeros(2, 3, dtype=torch.long), 1.0, 1.0, 0.0)  # softmax drops 1.5
     assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
 
 
@@ -243,7 +248,8 @@ def test_losses_are_means_over_positions_whatever_the_window():
         many = match(student.repeat(b, l, 1), teacher.repeat(b, l, 1), targets.repeat(b, l), 1.0, 0.5, 0.2)
         torch.testing.assert_close(many, one, rtol=1e-10, atol=1e-10)
     log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
-    short, long = (F.kl_div(log_p.repeat(1, l, 1), log_q.repeat(1, l, 1), log_target=True, reduction="batchmean") for l in (1, 6))
+    short, long = (F.kl_div(log_p.repeat(1, l, 1), log_q.repeat(1, l, 1), log_target=True, reduction="batchmean")
+                   for l in (1, 6))
     assert long.item() == pytest.approx(6 * short.item())
 
 
@@ -258,7 +264,7 @@ def test_narrow_logits_are_compared_in_float32():
 
 
 def test_preference_loss():
-    """ln 2 where policy and reference agree; by hand elsewhere; lower as the chosen answer gains on the rejected one."""
+    """ln 2 where policy and reference agree; by hand elsewhere; lower as the chosen answer gains on the rejected."""
     chosen, rejected = torch.tensor([-3.0, -5.0], dtype=F64), torch.tensor([-4.0, -1.0], dtype=F64)
     assert dpo_loss(chosen, rejected, chosen, rejected).item() == pytest.approx(math.log(2))
     one = dpo_loss(*(torch.tensor([v], dtype=F64) for v in (-3.0, -4.0, -3.5, -2.0)), beta=0.2)
@@ -301,7 +307,8 @@ def teacher(corpus, tmp_path_factory):
 
 
 def argv(teacher, corpus, out, *flags):
-    return [*TINY, "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), "--steps", "4", *map(str, flags)]
+    return [*TINY, "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), "--steps", "4",
+            *map(str, flags)]
 
 
 def go(teacher, corpus, out, *flags):
@@ -316,11 +323,12 @@ def losses(log):
 
 @pytest.mark.parametrize("layer, share", [("mamba2", 0.25), ("mamba2", 0), ("mamba", 0.5)])
 def test_distillation_brings_the_student_to_its_teacher(layer, share, teacher, corpus, tmp_path, capsys):
-    """From attention to a student that is nearer to the teacher than to the beginning; then it samples and validates."""
+    """From attention to a student nearer to the teacher than to the beginning; then it samples and validates."""
     log, student = go(teacher, corpus, tmp_path / "run", "--layer", layer, "--keep_attention", share, "--steps", 80)
     out = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "log.jsonl"]
-    assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else layer) + "+mlp" for i in range(4)]
+    assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else layer) + "+mlp"
+                                           for i in range(4)]
     assert losses(log)[-1] < losses(log)[0] / 4
     for part in ("V -> x", "O -> out_proj", "copied", "new", "trained", "teacher", f"{log[-1]['val_bpb']:.4f}"):
         assert part in out
@@ -333,7 +341,8 @@ def test_distillation_brings_the_student_to_its_teacher(layer, share, teacher, c
 def test_a_student_writes(teacher, corpus, tmp_path, capfdbinary):
     go(teacher, corpus, tmp_path / "run", "--keep_attention", 0.5)
     capfdbinary.readouterr()
-    assert sample.main(["--ckpt", str(tmp_path / "run"), "--bytes", "40", "--prompt", "12", "--raw", "--device", "cpu"]) == 0
+    assert sample.main(["--ckpt", str(tmp_path / "run"), "--bytes", "40", "--prompt", "12", "--raw",
+                        "--device", "cpu"]) == 0
     written = capfdbinary.readouterr().out
     assert len(written) == 42 and written.startswith(b"12")
 
@@ -359,8 +368,8 @@ def test_stages_follow_one_another(teacher, corpus, tmp_path, capsys):
     go(teacher, corpus, tmp_path / "align", "--stage", "align", "--keep_attention", 0.5)
     pseudo = tmp_path / "pseudo.bin"
     pseudo.write_bytes(bytes(corpus.read_bytes()[::-1]))
-    go(teacher, corpus, tmp_path / "mixers", "--stage", "mixers", "--keep_attention", 0.5, "--student", tmp_path / "align",
-       "--pseudo", pseudo, "--ce", 1, "--kl", 0.1)
+    go(teacher, corpus, tmp_path / "mixers", "--stage", "mixers", "--keep_attention", 0.5,
+       "--student", tmp_path / "align", "--pseudo", pseudo, "--ce", 1, "--kl", 0.1)
     assert str(pseudo) in capsys.readouterr().out
     _, student = go(teacher, corpus, tmp_path / "all", "--student", tmp_path / "mixers", "--reverse_kl", 1)
     assert [layer[:6] for layer in student.config.layers] == ["mamba2"] * 3 + ["attent"]
@@ -372,7 +381,8 @@ def test_scratch_with_cross_entropy_alone_is_training_without_a_teacher(teacher,
     torch.manual_seed(1)
     student = make_student(source, "mamba2", 0.25, "scratch")
     first = torch.from_numpy(train.windows(train.load_corpus(str(corpus)).train, 17, 4, 1, 0))
-    assert losses(log)[0] == pytest.approx(train.prediction_loss(student, first[:, :-1], first[:, 1:]).item() / math.log(2), rel=1e-10)
+    nats = train.prediction_loss(student, first[:, :-1], first[:, 1:]).item()
+    assert losses(log)[0] == pytest.approx(nats / math.log(2), rel=1e-10)
 
 
 @pytest.mark.parametrize("stage", ["align", "all"])
@@ -408,8 +418,9 @@ def refused(capsys, flags, *parts):
 
 @pytest.mark.parametrize("flags, parts", [
     ("--keep_attention 1.5", ["--keep_attention 1.5"]), ("--keep_attention nan", ["--keep_attention"]),
-    ("--layer s5", ["--layer s5", "mamba2"]), ("--init best", ["--init best", "scratch"]), ("--stage 2", ["--stage 2", "align"]),
-    ("--kl -1", ["--kl -1"]), ("--kl 0", ["not all 0"]), ("--kl nan", ["--kl nan"]), ("--steps 0", ["--steps 0"]),
+    ("--layer s5", ["--layer s5", "mamba2"]), ("--init best", ["--init best", "scratch"]),
+    ("--stage 2", ["--stage 2", "align"]), ("--kl -1", ["--kl -1"]), ("--kl 0", ["not all 0"]),
+    ("--kl nan", ["--kl nan"]), ("--steps 0", ["--steps 0"]),
     ("--stage align --keep_attention 1", ["--stage align", "--keep_attention 1"]), ("--teacher no_such", ["no_such"]),
     ("--student no_such", ["no_such"]), ("--pseudo no_such", ["no_such"]), ("--d_model 32", ["--d_model"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, corpus, tmp_path, capsys):
@@ -418,19 +429,22 @@ def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, corpus
 
 
 def test_models_that_do_not_fit(teacher, corpus, tmp_path, capsys):
-    """A teacher without attention, an encoder, a student of another shape, state-space layers of two kinds, another script's run."""
+    """A teacher without attention, an encoder, a student of another shape, SSMs of two kinds, another script's run."""
     model.save(tmp_path / "ssm.pt", LM(Config(("mamba2",), d_model=16, head_dim=8)))
     refused(capsys, argv(tmp_path / "ssm.pt", corpus, tmp_path / "run"), "ssm.pt", "no attention", "mamba2")
-    model.save(tmp_path / "encoder.pt", model.make_model(Config(("attention",), d_model=16, n_head=2, n_kv_head=2, vocab=257, block="gated")))
+    encoder = Config(("attention",), d_model=16, n_head=2, n_kv_head=2, vocab=257, block="gated")
+    model.save(tmp_path / "encoder.pt", model.make_model(encoder))
     refused(capsys, argv(tmp_path / "encoder.pt", corpus, tmp_path / "run"), "encoder.pt", "Encoder", "causal")
-    for name, changes in {"d_model": {"d_model": 32}, "n_layer": {"layers": ("attention+mlp",) * 3}, "vocab": {"vocab": 300},
-                          "n_head": {"n_head": 4, "n_kv_head": 4}}.items():
+    for name, changes in {"d_model": {"d_model": 32}, "n_layer": {"layers": ("attention+mlp",) * 3},
+                          "vocab": {"vocab": 300}, "n_head": {"n_head": 4, "n_kv_head": 4}}.items():
         config = dataclasses.replace(load(teacher)[0].config, **changes)
         model.save(tmp_path / f"{name}.pt", LM(config))
-        refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / f"{name}.pt"), f"{name}.pt", name)
+        refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / f"{name}.pt"),
+                f"{name}.pt", name)
     half = make_student(load(teacher)[0], "mamba2", 0.5, "attention")
     model.save(tmp_path / "half.pt", half)
-    refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / "half.pt", "--layer", "mamba"), "d_state", "--layer")
+    refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / "half.pt", "--layer", "mamba"),
+            "d_state", "--layer")
     refused(capsys, ["--out", teacher, "--resume"], "another script's run")
     assert not (tmp_path / "run").exists()
 
