@@ -1,4 +1,4 @@
-"""What is predicted: masked bytes (BERT, 2018), masked diffusion (Sahoo et al. 2024), and filling holes with what has learnt it."""
+"""What is predicted: masked bytes (BERT, 2018), masked diffusion (Sahoo et al. 2024); filling with what learnt it."""
 import itertools
 import json
 import math
@@ -14,7 +14,8 @@ from model import LM, Config, Encoder, load
 from sample import filter_logits, unmask
 from train import MASK, NO_TARGET, evaluate, masked_bytes, masked_diffusion, prediction_loss, surprise
 
-TINY = "--d_model 16 --n_layer 1 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 --device cpu".split()
+TINY = ("--d_model 16 --n_layer 1 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
+        "--device cpu").split()
 F64 = torch.float64
 
 
@@ -106,7 +107,8 @@ def test_what_is_masked_does_not_depend_on_which_windows_are_drawn():
 def test_the_number_of_masks_is_uniform():
     """Over many windows every k in 1 .. l comes equally often, and spread out within any few."""
     k = (masked_diffusion(*window(2000, 10), 3, 0)[1] != NO_TARGET).sum(1)
-    assert Counter(k.tolist()).keys() == set(range(1, 11)) and all(abs(n - 200) <= 4 for n in Counter(k.tolist()).values())
+    counts = Counter(k.tolist())
+    assert counts.keys() == set(range(1, 11)) and all(abs(n - 200) <= 4 for n in counts.values())
     for first in (0, 4, 1000):
         assert len(set((masked_diffusion(*window(4, 1000), 3, first)[1] != NO_TARGET).sum(1) // 200)) >= 3
 
@@ -125,10 +127,11 @@ def test_all_chosen_bytes_are_masked():
 
 @pytest.mark.parametrize("l", [1, 2, 4])
 def test_the_diffusion_loss_is_the_chain_rule_averaged_over_orders(l):
-    """E_k E_{k masked} mean surprise = mean over all orders of (1/l) sum_j -log p(x_j | those before it in that order), and
-    every term is the log of a law over whole texts, so the loss bounds -log of their average (Jensen). All enumerated."""
+    """E_k E_{k masked} mean surprise = mean over all orders of (1/l) sum_j -log p(x_j | those before it in that order),
+    and every term is the log of a law over whole texts: the loss bounds -log of their mean (Jensen). All enumerated."""
     torch.manual_seed(0)
-    model = Encoder(Config(("s4d",), block="gated", d_model=8, vocab=MASK + 1, d_state=4, expand=3, norm="layer")).double()
+    config = Config(("s4d",), block="gated", d_model=8, vocab=MASK + 1, d_state=4, expand=3, norm="layer")
+    model = Encoder(config).double()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -151,7 +154,8 @@ def test_the_diffusion_loss_is_the_chain_rule_averaged_over_orders(l):
         target[0, place] = x[0, place]
         return surprise(model(shown)[0], target).item()
 
-    assert np.mean(by_k) == pytest.approx(np.mean([chain(order) for order in itertools.permutations(range(l))]), rel=1e-12)
+    by_order = [chain(order) for order in itertools.permutations(range(l))]
+    assert np.mean(by_k) == pytest.approx(np.mean(by_order), rel=1e-12)
 
 
 # Losses and validation
@@ -203,7 +207,8 @@ def test_a_run_says_what_it_measures_and_leaves_an_encoder(objective, block, lay
     log = go(corpus, tmp_path / "run", "--objective", objective, "--block", block, "--layer", layer)
     out = capsys.readouterr().out
     unit = {"mask": "bits per masked byte", "diffusion": "bits per byte at most"}[objective]
-    for part in (f"{log[-1]['val_bpb']:.4f} {unit}", f"{log[-1]['val_accuracy']:.1%} guessed right", "ln 257", "--fill"):
+    for part in (f"{log[-1]['val_bpb']:.4f} {unit}", f"{log[-1]['val_accuracy']:.1%} guessed right", "ln 257",
+                 "--fill"):
         assert part in out
     assert ("xz" in out) == (objective == "diffusion")
     model, extra = load(tmp_path / "run")
@@ -227,9 +232,9 @@ def test_parts_of_a_batch_and_resuming_draw_the_same_masks(objective, corpus, tm
     go(corpus, tmp_path / "two", *flags, "--steps", 2)
     resumed = go(corpus, tmp_path / "two", *flags, "--steps", 4, "--resume")
     assert losses(resumed)[0] == losses(whole)[0]
-    first = [train.draw_batch(train.Flags(objective=objective, seq_len=9), np.arange(99, dtype=np.uint8), step) for step in (0, 1)]
-    assert not torch.equal(*first) and torch.equal(
-        first[1], train.draw_batch(train.Flags(objective=objective, seq_len=9), np.arange(99, dtype=np.uint8), 1))
+    c, data = train.Flags(objective=objective, seq_len=9), np.arange(99, dtype=np.uint8)
+    first = [train.draw_batch(c, data, step) for step in (0, 1)]
+    assert not torch.equal(*first) and torch.equal(first[1], train.draw_batch(c, data, 1))
 
 
 def test_defaults_of_an_encoder():
@@ -242,9 +247,9 @@ def test_defaults_of_an_encoder():
 
 @pytest.mark.parametrize("flags, parts", [
     ("--objective masks", ["masks", "next, mask, diffusion"]), ("--block gated", ["--block gated", "--objective mask"]),
-    ("--objective mask --block square", ["square", "gated, stacked"]), ("--objective mask --layer mamba", ["mamba", "s4d, attention"]),
-    ("--span 3", ["--span 3", "--objective mask"]), ("--objective diffusion --span 3", ["--span 3", "diffusion"]),
-    ("--objective mask --span 0", ["--span 0"])])
+    ("--objective mask --block square", ["square", "gated, stacked"]),
+    ("--objective mask --layer mamba", ["mamba", "s4d, attention"]), ("--span 3", ["--span 3", "--objective mask"]),
+    ("--objective diffusion --span 3", ["--span 3", "diffusion"]), ("--objective mask --span 0", ["--span 0"])])
 def test_bad_flags_are_one_line(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, train.main, argv(corpus, tmp_path / "run", *flags.split()), *parts)
     assert not (tmp_path / "run").exists()
@@ -252,7 +257,8 @@ def test_bad_flags_are_one_line(flags, parts, corpus, tmp_path, capsys):
 
 def test_an_objective_is_fixed_for_a_runs_life(corpus, tmp_path, capsys):
     go(corpus, tmp_path / "run", "--objective", "mask")
-    refused(capsys, train.main, ["--out", tmp_path / "run", "--resume", "--objective", "next"], "--objective mask", "another --out")
+    refused(capsys, train.main, ["--out", tmp_path / "run", "--resume", "--objective", "next"],
+            "--objective mask", "another --out")
 
 
 # Filling
@@ -292,7 +298,8 @@ def test_filling_depends_on_the_seed_and_at_temperature_0_on_nothing(encoder, ca
 
 def test_a_causal_model_does_not_fill_and_an_encoder_does_nothing_else(encoder, corpus, tmp_path, capsys):
     go(corpus, tmp_path / "causal", "--layer", "mamba")
-    refused(capsys, sample.main, ["--ckpt", tmp_path / "causal", "--fill", "a_b", "--device", "cpu"], "causal", "leave --fill out")
+    refused(capsys, sample.main, ["--ckpt", tmp_path / "causal", "--fill", "a_b", "--device", "cpu"],
+            "causal", "leave --fill out")
     refused(capsys, sample.main, ["--ckpt", encoder, "--prompt", "a", "--device", "cpu"], "encoder", "--fill TEXT")
     refused(capsys, sample.main, ["--ckpt", encoder, "--prompt", "a", "--fill", "a_"], "--fill and --prompt")
     refused(capsys, sample.main, ["--ckpt", encoder, "--fill", "a_", "--steps", -1], "--steps -1")
