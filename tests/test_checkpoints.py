@@ -213,15 +213,17 @@ def fill(seed, *shape):
 
 
 def test_the_golden_bigs_layer_passes_through_the_loader(tmp_path):
-    """The reference layer's numbers from a file with the published names; its m = 6 is padded to twice d = 4 by zeros."""
+    """The reference layer's numbers from a file with the published names; m = 6 is padded to twice d = 4 by zeros."""
     layer = {"LayerNorm.weight": 1 + 0.2 * fill(20, 4), "LayerNorm.bias": 0.2 * fill(21, 4)}
-    for seed, (name, *shape) in enumerate((("dv", 6, 4), ("du_forward", 4, 4), ("du_backward", 4, 4), ("duc_forward", 4, 4),
-                                           ("duc_backward", 4, 4), ("dol", 6, 4), ("do", 4, 6)), 1):
+    for seed, (name, *shape) in enumerate((("dv", 6, 4), ("du_forward", 4, 4), ("du_backward", 4, 4),
+                                           ("duc_forward", 4, 4), ("duc_backward", 4, 4), ("dol", 6, 4),
+                                           ("do", 4, 6)), 1):
         weight, bias = fill(seed, *shape), fill(seed + 0.5, shape[0])
         layer[f"{name}.weight"] = F.pad(weight, (0, 2 * (shape[1] == 6), 0, 2 * (shape[0] == 6)))
         layer[f"{name}.bias"] = F.pad(bias, (0, 2 * (shape[0] == 6)))
     for ssm, D, dt, seed in (("fs4", 1.0, 0.1, 30), ("bs4", 0.5, 0.2, 40)):
-        layer |= {f"{ssm}.D": torch.tensor([D]), f"{ssm}.kernel.log_step": torch.tensor([dt], dtype=torch.float64).log(),
+        layer |= {f"{ssm}.D": torch.tensor([D]),
+                  f"{ssm}.kernel.log_step": torch.tensor([dt], dtype=torch.float64).log(),
                   f"{ssm}.kernel.C": fill(seed, 2, 2), f"{ssm}.kernel.A_re": torch.full((2,), -0.5),
                   f"{ssm}.kernel.A_im": torch.tensor([0, math.pi], dtype=torch.float64)}
     e, head = "bigs.embeddings.", "cls.predictions."
@@ -232,11 +234,13 @@ def test_the_golden_bigs_layer_passes_through_the_loader(tmp_path):
                 "bigs.pooler.dense.weight": fill(13, 4, 4), "bigs.pooler.dense.bias": fill(14, 4),
                 head + "transform.dense.weight": fill(15, 4, 4), head + "transform.dense.bias": fill(16, 4),
                 head + "transform.LayerNorm.weight": fill(17, 4), head + "transform.LayerNorm.bias": fill(18, 4),
-                head + "decoder.weight": fill(8, 11, 4), head + "decoder.bias": fill(19, 11), head + "bias": fill(19, 11)},
-               tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text('{"layer_norm_eps": 1e-12, "hidden_size": 4, "num_ssm": 2, "hidden_act": "gelu"}')
+                head + "decoder.weight": fill(8, 11, 4), head + "decoder.bias": fill(19, 11),
+                head + "bias": fill(19, 11)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(
+        '{"layer_norm_eps": 1e-12, "hidden_size": 4, "num_ssm": 2, "hidden_act": "gelu"}')
     model, extra = load(tmp_path)
-    assert extra == {"layout": "bigs"} and model.lm_head.weight is model.embedding.weight and model.config.gelu == "tanh"
+    assert (extra == {"layout": "bigs"} and model.lm_head.weight is model.embedding.weight
+            and model.config.gelu == "tanh")
     with torch.no_grad():
         y = model.layers[0](2 * fill(50, 1, 5, 4))
         assert model(torch.tensor([[3, 1, 4, 1, 5]]))[0].shape == (1, 5, 11)

@@ -362,7 +362,8 @@ def test_windows_are_a_pure_function_of_seed_and_step():
 def test_an_epoch_of_windows_makes_every_byte_a_target_once():
     data = np.arange(251, dtype=np.uint8)  # 41 windows of 6 targets fit, 40 are read, so that the offset has room
     for epoch in range(3):
-        targets = np.concatenate([windows(data, 7, 5, 3, step)[:, 1:].ravel() for step in range(8 * epoch, 8 * epoch + 8)])
+        targets = np.concatenate([windows(data, 7, 5, 3, step)[:, 1:].ravel()
+                                  for step in range(8 * epoch, 8 * epoch + 8)])
         assert len(set(targets.tolist())) == len(targets) == 240 and targets.max() - targets.min() == 239
     first = [windows(data, 7, 40, 3, step)[:, 0] for step in range(3)]
     assert len({tuple(f) for f in first}) == 3 and all((f != np.sort(f)).any() for f in first)

@@ -18,8 +18,8 @@ def close(actual, expected, tol=1e-10):
 
 
 def config(block="gated", layer="s4d", **sizes):
-    return Config((layer,) * 2, **{**dict(block=block, d_model=12, vocab=17, d_state=6, expand=3, norm="layer", n_head=2,
-                                          n_kv_head=2), **sizes})
+    return Config((layer,) * 2, **{**dict(block=block, d_model=12, vocab=17, d_state=6, expand=3, norm="layer",
+                                          n_head=2, n_kv_head=2), **sizes})
 
 
 def make(block, layer, **sizes):
@@ -45,18 +45,18 @@ def fill(seed, *shape):
 
 
 @pytest.mark.parametrize("gelu, ends, total", [
-    ("none", ([0.9045365829, 1.1467273851, 0.8749812258, 0.1999562722], [-0.2554372228, 0.0318743705, 0.2762178320, 0.6111787168]),
-     3.19955905942599),
-    ("tanh", ([0.9045281022, 1.1467310627, 0.8749861005, 0.1999478149], [-0.2555063675, 0.0318710903, 0.2762901930, 0.6111110455]),
-     3.199377598093915)])
+    ("none", ([0.9045365829, 1.1467273851, 0.8749812258, 0.1999562722],
+              [-0.2554372228, 0.0318743705, 0.2762178320, 0.6111787168]), 3.19955905942599),
+    ("tanh", ([0.9045281022, 1.1467310627, 0.8749861005, 0.1999478149],
+              [-0.2555063675, 0.0318710903, 0.2762901930, 0.6111110455]), 3.199377598093915)])
 def test_a_bigs_layer_gives_the_reference_layers_numbers(gelu, ends, total):
-    """The authors' torch layer with these weights gives the same (exact GELU), and with tanh what their JAX weights expect."""
+    """The authors' torch layer with these weights gives the same (exact GELU); tanh is what the JAX weights expect."""
     layer = BiGS(config(d_model=4, d_state=2, norm_eps=1e-12, gelu=gelu), "s4d").double()
     layer.dv, layer.dol, layer.do = (nn.Linear(*shape, dtype=F64) for shape in ((4, 6), (4, 6), (6, 4)))
     mixer = layer.mixer
     with torch.no_grad():
-        for seed, linear in enumerate((layer.dv, mixer.du_forward, mixer.du_backward, mixer.duc_forward, mixer.duc_backward,
-                                       layer.dol, layer.do), 1):
+        for seed, linear in enumerate((layer.dv, mixer.du_forward, mixer.du_backward, mixer.duc_forward,
+                                       mixer.duc_backward, layer.dol, layer.do), 1):
             linear.weight.copy_(fill(seed, *linear.weight.shape))
             linear.bias.copy_(fill(seed + 0.5, *linear.bias.shape))
         layer.norm.weight.copy_(1 + 0.2 * fill(20, 4))
@@ -78,7 +78,8 @@ def test_published_parameter_counts():
     sizes = dict(block="gated", norm="layer", expand=3, n_type=2)
     with torch.device("meta"):
         for n_position, count in ((128, 346_314_134), (4096, 350_377_366)):
-            model = Encoder(Config(("s4d",) * 23, d_model=1024, vocab=30522, d_state=64, n_position=n_position, **sizes))
+            model = Encoder(Config(("s4d",) * 23, d_model=1024, vocab=30522, d_state=64, n_position=n_position,
+                                   **sizes))
             assert sum(p.numel() for p in model.parameters()) == count
         assert sum(p.numel() for p in model.layers[0].parameters()) == 13_645_316
         tiny = Encoder(Config(("s4d",) * 2, d_model=8, vocab=11, d_state=4, n_position=16, **sizes))
@@ -106,8 +107,8 @@ def ssm(n=6):
 
 
 def test_the_kernel_is_not_doubled():
-    """Modes -1/2 and -1/2 + i pi, C = 1, dt = 1: e^l (2(1-e) + (-1)^l (1+e) / (2(1/4 + pi^2))) with e = exp(-1/2). These
-    are single modes of whole pairs, and taking twice the real part would double everything but D."""
+    """Modes -1/2 and -1/2 + i pi, C = 1, dt = 1: e^l (2(1-e) + (-1)^l (1+e) / (2(1/4 + pi^2))) with e = exp(-1/2).
+    These are single modes of whole pairs, and taking twice the real part would double everything but D."""
     layer, e, j = ssm(2), math.exp(-0.5), torch.arange(6, dtype=F64)
     with torch.no_grad():
         layer.A_real.fill_(-0.5)
@@ -276,7 +277,7 @@ def test_the_head_is_the_embedding_again():
 
 @every_kind
 def test_a_block_spelt_out(block, layer):
-    """BiGS: y = x + W_do (gelu(W_dol mix) * gelu(W_dv h)); stacked: attention or SSM, then two layers, each beside a sum."""
+    """BiGS: y = x + W_do (gelu(W_dol mix) * gelu(W_dv h)); stacked: attention or SSM, then two layers, each added."""
     model, x, act = make(block, layer).layers[0], torch.randn(2, 5, 12, dtype=F64), nn.GELU("tanh")
     assert isinstance(model, BiGS if block == "gated" else Stacked)
     h = model.norm(x)

@@ -144,7 +144,8 @@ def test_a_model_gives_the_same_logits_and_gradients_as_on_a_cpu(layers, device)
 @on_gpu
 @pytest.mark.parametrize("l, d, n, dt, A", [
     (1, 1, 1, 0.5, 3), (2, 3, 2, 0.5, 3), (65, 1536, 16, 0.5, 3), (1000, 130, 64, 0.5, 3), (257, 5, 256, 0.5, 3),
-    (130, 37, 20, 20, 3), (130, 37, 16, 20, 1e4), (130, 37, 16, 1e-3, 1e4), (3000, 37, 16, 20, 1e-8), (70, 37, 16, 0, 3)])
+    (130, 37, 20, 20, 3), (130, 37, 16, 20, 1e4), (130, 37, 16, 1e-3, 1e4), (3000, 37, 16, 20, 1e-8),
+    (70, 37, 16, 0, 3)])
 def test_kernels_at_every_size_and_decay(l, d, n, dt, A, device):
     """Ugly sizes, 256 states, decays from 0 to 1; in outputs and gradients that are full of NaN before."""
     torch.manual_seed(l)

@@ -31,7 +31,8 @@ def test_every_flag_in_the_readme_exists():
 
 
 def test_every_file_and_test_in_the_readme_exists():
-    for name in set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README)) - {"input.txt", "me.txt", "vocab.txt"}:
+    names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README))
+    for name in names - {"input.txt", "me.txt", "vocab.txt"}:
         assert (ROOT / name).exists(), name
     for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", README)):
         assert f"def {test}(" in (ROOT / file).read_text(), test
@@ -77,7 +78,8 @@ def test_distilling_commands_run(args, tmp_path):
     text.write_bytes(b"to be or not to be " * 20)
     small = {"data": text, "steps": 1, "seq_len": 8, "batch_size": 2, "device": "cpu"}
     cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
-    assert train.main([*"--layer attention --d_model 16 --n_layer 8 --n_head 2 --out".split(), str(tmp_path / "run"), *cut]) == 0
+    assert train.main([*"--layer attention --d_model 16 --n_layer 8 --n_head 2 --out".split(), str(tmp_path / "run"),
+                       *cut]) == 0
     given = distill.parse(distill.Flags, args, "")[1]
     cut += ["--teacher", str(tmp_path / "run"), "--out", str(tmp_path / "student"), "--student", ""]
     assert distill.main(args + cut + (["--pseudo", str(text)] if "pseudo" in given else [])) == 0

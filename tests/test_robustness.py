@@ -66,7 +66,7 @@ def model_of(layer, dtype=torch.float64):
 
 @pytest.mark.parametrize("layer", ["mamba", "attention+mlp"])
 def test_windows_score_each_byte_from_what_their_window_has_shown(layer):
-    """Against one call for every byte: the byte before a window is all it knows of what came before; read in pieces of 3."""
+    """Against one call for every byte: the byte before a window is all it knows of the past; read in pieces of 3."""
     model, data = model_of(layer), TEXT[:23]
     nats = window_nats(model, data, 7, 3, 2, piece=3)
     assert nats.shape == (6, 7)

@@ -51,7 +51,8 @@ def test_zoh_and_bilinear_of_a_scalar():
     """a = -1/2, dt = 0.1: exp(-0.05), 2 (1 - exp(-0.05)); (1 - 0.025)/(1 + 0.025), 0.1/1.025."""
     dt, A, B = (torch.tensor(v, dtype=F64) for v in (0.1, -0.5, 1.0))
     close(torch.stack(discretize(dt, A, B, "zoh")), torch.tensor([0.951229424501, 0.097541150999], dtype=F64), 1e-11)
-    close(torch.stack(discretize(dt, A, B, "bilinear")), torch.tensor([0.951219512195, 0.097560975610], dtype=F64), 1e-11)
+    close(torch.stack(discretize(dt, A, B, "bilinear")), torch.tensor([0.951219512195, 0.097560975610], dtype=F64),
+          1e-11)
 
 
 def test_zoh_and_bilinear_differ_by_dt_a_cubed_over_twelve():
@@ -73,7 +74,8 @@ def test_zoh_holds_at_a_pole_of_zero_with_its_gradient():
 @pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler", "mamba"])
 def test_dense_discretization_of_a_diagonal_matrix_is_the_elementwise_one(rule):
     A, B, dt = torch.tensor([-0.3, -2.0, 0.0], dtype=F64), torch.tensor([1.0, 0.5, -2.0], dtype=F64), 0.37
-    for dense, want in zip(discretize_dense(dt, torch.diag(A), B, rule), discretize(torch.tensor(dt, dtype=F64), A, B, rule)):
+    for dense, want in zip(discretize_dense(dt, torch.diag(A), B, rule),
+                           discretize(torch.tensor(dt, dtype=F64), A, B, rule)):
         close(dense, torch.diag(want) if dense.ndim == 2 else want)
 
 

@@ -432,7 +432,8 @@ def test_the_loop_itself_has_the_targets_law(k, count, temperature, monkeypatch)
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.tensor([[oracle.choose(p[0].tolist())]]))
     monkeypatch.setattr(torch, "bernoulli", coins)
     got, mass = {}, 0
-    for new, m in oracle.runs(lambda: written_by(speculate, model, text, count, law, ByteDrafter(drafter), k)[0].tolist()):
+    for new, m in oracle.runs(
+            lambda: written_by(speculate, model, text, count, law, ByteDrafter(drafter), k)[0].tolist()):
         got[tuple(new)], mass = got.get(tuple(new), 0) + m, mass + m
     assert mass == pytest.approx(1, abs=1e-12)
     assert got == pytest.approx(want, abs=1e-12)

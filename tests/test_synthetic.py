@@ -41,12 +41,13 @@ def test_a_task_is_a_function_of_seed_and_step(task):
 
 @pytest.mark.parametrize("layer", ["s4", "s4d"])
 def test_a_time_invariant_layer_adds_what_it_sees_wherever_it_was(layer):
-    """A system's answer to letters and dots is the sum of its answers to each, shifted: content cannot gate anything."""
+    """A system's answer to letters and dots is the sum of its answers to each, shifted: content gates nothing."""
     torch.manual_seed(0)
     mixer = LM(Config((layer,), d_model=5, d_state=6)).double().layers[0].mixer
     x, zero = torch.randn(1, 20, 5, dtype=torch.float64), torch.zeros(1, 20, 5, dtype=torch.float64)
     y = mixer.systems(x, None)[0]
-    alone = sum(mixer.systems(torch.cat([zero[:, :t], x[:, t:t + 1], zero[:, t + 1:]], dim=1), None)[0] for t in range(20))
+    alone = sum(mixer.systems(torch.cat([zero[:, :t], x[:, t:t + 1], zero[:, t + 1:]], dim=1), None)[0]
+                for t in range(20))
     torch.testing.assert_close(y, alone, rtol=1e-10, atol=1e-10)
     late = mixer.systems(torch.cat([zero[:, :7], x[:, :13]], dim=1), None)[0]
     torch.testing.assert_close(late[:, 7:], y[:, :13], rtol=1e-10, atol=1e-10)
@@ -69,7 +70,9 @@ def test_a_task_trains_resumes_and_reports_accuracy(tmp_path, capsys):
     assert "windows of 20" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [("--data induction --seq_len 2", "windows of at least 3 bytes"), ("--data selective_copy --objective mask", "has its own targets")])
+@pytest.mark.parametrize("flags, message", [
+    ("--data induction --seq_len 2", "windows of at least 3 bytes"),
+    ("--data selective_copy --objective mask", "has its own targets")])
 def test_a_task_refuses_what_it_cannot_be(tmp_path, capsys, flags, message):
     assert train.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

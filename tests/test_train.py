@@ -102,7 +102,8 @@ def test_parameter_groups_partition_the_parameters_and_decay_linear_weights_only
     assert all(re.search(r"(proj|lm_head)\.weight$", name) for name in groups["decayed"])
     for name in groups["not decayed"]:
         assert re.search(r"A_log$|\.[CD]$|dt_bias$|embedding\.weight$|conv1d|norm|\.bias$", name), name
-    slow = {"s4": ["log_dt", "log_A_real", "A_imag", "P", "B"], "s4d": ["log_dt", "log_A_real", "A_imag"]}.get(layer, [])
+    slow = {"s4": ["log_dt", "log_A_real", "A_imag", "P", "B"],
+            "s4d": ["log_dt", "log_A_real", "A_imag"]}.get(layer, [])
     assert groups.get("slow", []) == [f"layers.{i}.mixer.{name}" for i in range(2) for name in slow]
     assert ("lm_head.weight" in groups["decayed"]) == (not tie)
     optimizer = make_optimizer(model, 0.1, 0.3)
@@ -111,7 +112,7 @@ def test_parameter_groups_partition_the_parameters_and_decay_linear_weights_only
 
 
 def test_parameters_of_s4_learn_at_a_tenth_of_the_learning_rate(corpus, tmp_path, capsys):
-    """S4 and S4D train A, B, P and dt with 0.001 beside 0.01; the run's first lines say so, and a resumed run keeps it."""
+    """S4 and S4D train A, B, P and dt with 0.001 beside 0.01; the run's first lines say so, and a resume keeps it."""
     flags = argv(corpus, tmp_path / "run", "--layer", "s4", "--lr", 0.5)
     assert train.main(flags) == 0 and train.main([*flags, "--resume", "--steps", "6"]) == 0
     assert "log_dt; not decayed, 0.1 of the learning rate" in capsys.readouterr().out
@@ -230,7 +231,8 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(corpus, tm
 def test_best_is_kept_and_last_goes_on(corpus, tmp_path, monkeypatch):
     """Validation figures that fall and rise again: best.pt is the lowest, also across a resume."""
     figures = iter([5.0, 4.0, 4.5])
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
+    monkeypatch.setattr(train, "validate", lambda *args: {
+        "val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
     go(corpus, tmp_path / "run", "--steps", 6, "--eval_every", 2)
     assert load(tmp_path / "run" / "best.pt")[1]["step"] == 4 and load(tmp_path / "run" / "last.pt")[1]["step"] == 6
     figures = iter([4.2])
@@ -241,7 +243,8 @@ def test_best_is_kept_and_last_goes_on(corpus, tmp_path, monkeypatch):
 def test_a_resume_right_after_the_best_validation_still_knows_it(corpus, tmp_path, monkeypatch):
     """The checkpoint written at a validation holds its figure, so a worse one later does not replace best.pt."""
     figures = iter([4.0])
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
+    monkeypatch.setattr(train, "validate", lambda *args: {
+        "val_bpb": next(figures), "val_bpb_carried": None, "val_accuracy": 0.5})
     go(corpus, tmp_path / "run")
     figures = iter([4.5])
     go(corpus, tmp_path / "run", "--steps", 6, "--resume")

@@ -90,7 +90,7 @@ def test_the_widest_state_runs_and_a_wider_one_is_refused():
 
 @pytest.mark.parametrize("d", [67, 131])
 def test_many_channels_are_several_blocks_and_groups(d, poison):
-    """64 channels of 3 states are a tile, and 128 a group: the parts of dB and dC come from two blocks, or two groups."""
+    """64 channels of 3 states are a tile, 128 a group: the parts of dB and dC come from two blocks, or two groups."""
     check(inputs(3, n=3, b=1, d=d))
 
 
@@ -314,8 +314,8 @@ def test_without_a_gpu_the_error_names_the_interpreter(built):
 def test_kernels_compile_ahead_of_time_without_spilling(built):
     """PTX and machine code for compute capabilities 8.0 and 9.0, and all states stay in registers.
 
-    No loop over time touches local memory. Around backward's, where a block of channels begins and ends, ptxas sometimes
-    puts a few addresses and counters there, a dozen words once in 64 steps.
+    No loop over time touches local memory. Around backward's, where a block of channels begins and ends, ptxas
+    sometimes puts a few addresses and counters there, a dozen words once in 64 steps.
     """
     for name, kernel in built.items():
         if name != "error":
@@ -328,8 +328,8 @@ def test_kernels_compile_ahead_of_time_without_spilling(built):
 def test_machine_code_is_near_the_floor(built, sm):
     """n = 16: instructions beside the floor, one exponential a state and step in every walk, and none twice.
 
-    An exponential keeps a scheduler's special function unit for 8 clocks; other instructions issue one a clock meanwhile,
-    so that up to 8 beside it are free. Forward has 16 states a thread and 4 steps a loop, backward 8 and 4.
+    An exponential keeps a scheduler's special function unit for 8 clocks; other instructions issue one a clock
+    meanwhile, so that up to 8 beside it are free. Forward has 16 states a thread and 4 steps a loop, backward 8 and 4.
     """
     loop, = built[f"forward {sm}"]["loops"]
     assert loop["EX2"] == 64 and sum(loop.values()) <= 9 * 64

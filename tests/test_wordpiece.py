@@ -9,7 +9,8 @@ from data.wordpiece import SPECIAL, WordPiece, read_vocabulary, split_words
 from model import Config, make_model, save
 from sample import main
 
-PIECES = [*SPECIAL, *"the goal of life is happiness un ##aff ##able ##s run ! , . - ' a b c e 1 ##a ##b ##e ##1 中".split()]
+PIECES = [*SPECIAL, *("the goal of life is happiness un ##aff ##able ##s run ! , . - ' a b c e 1 "
+                      "##a ##b ##e ##1 中").split()]
 
 
 def pieces(text):
