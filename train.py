@@ -524,14 +524,15 @@ def open_run(c, given, fixed):
     return c, (model, extra)
 
 
-def open_log(folder, step):
-    """log.jsonl, without lines that a crash left behind after the checkpoint."""
+def open_log(folder, step, validated):
+    """log.jsonl, without the steps and validations that a crash left behind after the checkpoint, which has these."""
     path = folder / "log.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        known = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        path.write_text("".join(line + "\n" for line, figures in known
+                                if figures["step"] <= (step if figures["val_bpb"] is None else validated)))
         return open(path, "a", buffering=1)
     except OSError as e:
         raise ConfigError(f"--out {folder} cannot be written: {e}") from e
@@ -588,6 +589,7 @@ class Run:
     cast: contextlib.AbstractContextManager
     val: np.ndarray
     step: int = 0
+    validated: int = 0    # the step of the last validation
     seconds: float = 0.0  # of training
     best_bpb: float = math.inf
     lr: float = 0.0
@@ -604,7 +606,7 @@ class Run:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.ruined("weights are not finite")
         save(self.folder / name, self.model, optimizer=self.optimizer.state_dict(), step=self.step,
-             seconds=self.seconds, best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c),
+             validated=self.validated, seconds=self.seconds, best_bpb=self.best_bpb, flags=dataclasses.asdict(self.c),
              random=torch.get_rng_state(), merges=list(self.merges))
 
     def ruined(self, what):
@@ -627,6 +629,7 @@ class Run:
         if not math.isfinite(result["val_bpb"]):
             raise self.ruined(f"validation loss is {result['val_bpb']}")
         self.record(**result)
+        self.validated = self.step
         if result["val_bpb"] < self.best_bpb:
             self.best_bpb = result["val_bpb"]
             self.save("best.pt")
@@ -667,11 +670,12 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     if extra:
         r.optimizer.load_state_dict(extra["optimizer"])
         r.step, r.seconds, r.best_bpb = extra["step"], extra["seconds"], extra["best_bpb"]
+        r.validated = extra.get("validated", r.step)
         torch.set_rng_state(extra["random"].cpu())
     if rank:
         torch.manual_seed(c.seed + rank + r.step)  # dropout differs from process to process
     else:
-        r.log = open_log(r.folder, r.step)
+        r.log = open_log(r.folder, r.step, r.validated)
         layers = ", ".join(f"{layer.removesuffix('+mlp')} x {n}" for layer, n in Counter(model.config.layers).items())
         size = "" if corpus.name in TASKS else (f"{len(corpus.train):,} bytes to train on, "
                                                 f"{len(corpus.val):,} to validate; ")
@@ -711,6 +715,9 @@ def train(r, model, data, loss_of, rank, world, device, stop):
         while r.progress < 1:
             if stopped or (world == 1 and stop.signal):
                 raise Interrupted
+            if rank == 0 and c.eval_every and r.step % c.eval_every == 0 and r.step > r.validated:
+                result = r.validate(stop if world == 1 else None)  # several processes stop together, after a step
+                bar.write(f"step {r.step:<7}validation {result['val_bpb']:.4f} {unit}")
             began, r.lr = time.perf_counter(), learning_rate(c, r.step, r.progress)
             batch = draw_batch(c, data, r.step)
             loss = train_step(model, r.optimizer, batch.chunk(world)[rank].to(device), c, r.cast, r.lr, loss_of)
@@ -735,9 +742,7 @@ def train(r, model, data, loss_of, rank, world, device, stop):
                 bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {v} = {math.log(v):.3f}")
             bar.set_postfix_str(f"step {r.step} | {bpb:.3f} {unit} | {speed:,.0f} bytes/s", refresh=False)
             bar.update(min(r.progress, 1.0) - bar.n)
-            if c.eval_every and r.step % c.eval_every == 0 and r.progress < 1:
-                bar.write(f"step {r.step:<7}validation {r.validate(stop)['val_bpb']:.4f} {unit}")
-            elif r.seconds - saved > SAVE_SECONDS:
+            if r.seconds - saved > SAVE_SECONDS:
                 saved = r.seconds
                 r.save("last.pt")
 

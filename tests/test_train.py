@@ -311,9 +311,10 @@ def test_eval_only_keeps_the_dtype_of_the_run(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("layer, number, extra", [
     ("mamba", signal.SIGINT, []), ("mamba2", signal.SIGTERM, ["--dropout", 0.1]),
     ("attention", signal.SIGINT, ["--dropout", 0.1, "--accumulate", 2]),
-    ("mamba2", signal.SIGINT, ["--eval_every", 3])])
+    ("mamba2", signal.SIGINT, ["--eval_every", 3]), ("mamba2", signal.SIGINT, ["--eval_every", 2])])
 def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, capsys):
-    """Stopped by a signal in the middle and resumed: the losses and weights of a run without a stop, bit for bit."""
+    """Stopped by a signal in the middle and resumed: the losses, validations and weights of a run without a stop, bit for
+    bit, also where a validation was due right after the step in which the signal came."""
     extra = ["--layer", layer, "--steps", 7, *extra]
     whole = go(corpus, tmp_path / "whole", *extra)
     with monkeypatch.context() as patch:
@@ -340,8 +341,10 @@ def test_a_signal_saves_and_gives_its_status(number, status, corpus, tmp_path, m
     assert sorted(os.listdir(tmp_path / "run")) == ["last.pt", "log.jsonl"]
 
 
-def test_a_signal_during_validation_loses_nothing(corpus, tmp_path, monkeypatch):
-    whole = go(corpus, tmp_path / "whole")
+@pytest.mark.parametrize("flags", [[], ["--eval_every", 2]])
+def test_a_signal_during_validation_loses_nothing(flags, corpus, tmp_path, monkeypatch):
+    """Neither of the last validation nor of one on the way, which the resumed run makes up for before it goes on."""
+    whole = go(corpus, tmp_path / "whole", *flags)
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -349,11 +352,47 @@ def test_a_signal_during_validation_loses_nothing(corpus, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", interrupted)
-        assert train.main(argv(corpus, tmp_path / "parts")) == 130
+        assert train.main(argv(corpus, tmp_path / "parts", *flags)) == 130
+    assert load(tmp_path / "parts" / "last.pt")[1]["step"] == (2 if flags else 4)
     assert train.main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
-    assert losses(read_log(tmp_path / "parts")) == losses(whole)
-    assert read_log(tmp_path / "parts")[-1]["val_bpb"] == whole[-1]["val_bpb"]
-    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    parts = read_log(tmp_path / "parts")
+    for figure in ("step", "train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy"):
+        assert [line[figure] for line in parts] == [line[figure] for line in whole], figure
+    for name in ("last.pt", "best.pt"):
+        assert same(weights(tmp_path / "parts" / name), weights(tmp_path / "whole" / name))
+
+
+def test_a_signal_while_process_0_validates_stops_all_at_the_same_step(corpus, tmp_path, monkeypatch):
+    """The others wait in the next step: the validation ends, and what that step sends them says to stop."""
+    alike = lambda tensor, *rest: None  # what the other process has is what this one has
+    monkeypatch.setattr(train, "join_processes", lambda device: (0, 2, device))
+    monkeypatch.setattr(train, "dist", SimpleNamespace(
+        all_reduce=alike, broadcast=alike, destroy_process_group=lambda: None))
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(train, "evaluate",
+                        lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT) or evaluate(*args, **kwargs))
+    assert train.main(argv(corpus, tmp_path / "run", "--layer", "attention", "--eval_every", 2)) == 130
+    assert load(tmp_path / "run" / "last.pt")[1]["step"] == 3
+    assert [(line["step"], line["val_bpb"] is None) for line in read_log(tmp_path / "run")] == [
+        (1, True), (2, True), (2, False), (3, True)]
+
+
+def test_a_validation_that_was_logged_but_not_saved_is_logged_once(corpus, tmp_path, monkeypatch):
+    """Stopped at a step whose validation is due, then killed between its line and its checkpoint, then resumed."""
+    flags = argv(corpus, tmp_path / "run", "--eval_every", 2)
+
+    def crash(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert train.main(flags) == 130
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train, "save", crash)
+        train.main([*flags, "--resume"])
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 2]
+    assert train.main([*flags, "--resume"]) == 0
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 2, 3, 4, 4]
 
 
 def test_a_crash_goes_on_from_the_last_checkpoint_and_its_log(corpus, tmp_path, monkeypatch):
