@@ -512,9 +512,9 @@ def open_run(c, given, fixed):
         raise CheckpointError(f"{last} is another script's run: it has the flag --{min(foreign)}")
     saved = type(c)(**extra["flags"])
     for name in fixed:
-        if name in given and given[name] != getattr(saved, name):
-            raise ConfigError(f"--resume: the run in {folder} has --{name} {getattr(saved, name)}, not {given[name]}; "
-                              "leave the flag out or choose another --out")
+        if name in given and given[name] != (was := getattr(saved, name)):
+            has = f"no --{name}" if was == "" else f"--{name} {was}, not {given[name]}"
+            raise ConfigError(f"--resume: the run in {folder} has {has}; leave the flag out or choose another --out")
     changed = [f"--{n} {v} (was {getattr(saved, n)})" for n, v in given.items()
                if n not in ("resume", "out") and getattr(saved, n) != v]
     if set(given) & {"steps", "minutes"} == {"steps"}:
@@ -641,7 +641,7 @@ def run(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
     if c.eval_only:
         return eval_only(c, given)
-    c, resumed = open_run(c, given, MODEL_FLAGS)
+    c, resumed = open_run(c, given, (*MODEL_FLAGS, "dropout", "init"))
     check(c)
     corpus = load_data(c.data)
     merges = resumed[1].get("merges", []) if resumed else learn_merges(corpus.train, c.bpe) if c.bpe else []

@@ -496,8 +496,9 @@ def test_a_run_is_not_overwritten(corpus, tmp_path, capsys):
     before = contents(out)
     refused(capsys, argv(corpus, out), "holds a run", "--resume", "another --out")
     for name, value, was in (("d_model", 32, 16), ("layer", "mamba", "mamba2"), ("n_layer", 2, 1), ("d_state", 8, 4),
-                             ("head_dim", 16, 8), ("n_head", 4, 2)):
+                             ("head_dim", 16, 8), ("n_head", 4, 2), ("dropout", 0.3, 0.0)):
         refused(capsys, ["--out", out, "--resume", f"--{name}", value], f"--{name} {was}", value, "another --out")
+    refused(capsys, ["--out", out, "--resume", "--init", out], "no --init", "another --out")
     refused(capsys, ["--out", out, "--resume", "--batch_size", 4, "--accumulate", 3], "--accumulate 3")
     refused(capsys, ["--out", out, "--resume", "--data", tmp_path / "gone"], "gone")
     assert contents(out) == before
