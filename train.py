@@ -501,9 +501,10 @@ def open_run(c, given, fixed):
     fixed names the flags that a run keeps for its whole life."""
     folder = Path(c.out)
     last = folder / "last.pt"
+    if not (c.resume and last.exists()) and any((folder / n).exists() for n in ("last.pt", "best.pt", "log.jsonl")):
+        way_out = f"go on with it: --out {folder} --resume; or" if last.exists() else "it has no last.pt to go on from;"
+        raise ConfigError(f"{folder} holds a run; {way_out} choose another --out")
     if not c.resume:
-        if any((folder / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
-            raise ConfigError(f"{folder} holds a run; go on with it: --out {folder} --resume; or choose another --out")
         return c, None
     model, extra = load(last)
     if "flags" not in extra:
@@ -613,7 +614,7 @@ class Run:
         """The error that ends a run which has blown up."""
         kept = self.folder / "last.pt"
         way_out = (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr"
-                   if kept.exists() else "nothing was saved before; try a lower --lr")
+                   if kept.exists() else "nothing was saved before; try a lower --lr and another --out")
         return ConfigError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}; {way_out}")
 
     def record(self, **figures):

@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, capsys, monke
     message = refused(capsys, argv(corpus, tmp_path / "run", "--resume", "--steps", 5), "step 2", "last.pt", "--resume")
     assert re.search(r"learning rate \d\.\d\de-\d\d", message)
     assert before == ((tmp_path / "run" / "last.pt").read_bytes(), (tmp_path / "run" / "best.pt").read_bytes())
-    refused(capsys, argv(corpus, tmp_path / "new"), "step 0", "learning rate", "nothing was saved")
+    refused(capsys, argv(corpus, tmp_path / "new"), "step 0", "learning rate", "nothing was saved", "another --out")
 
 
 def test_a_step_that_is_far_too_long_stops_the_run(corpus, tmp_path, capsys):
@@ -510,11 +510,15 @@ def test_a_run_is_not_overwritten(corpus, tmp_path, capsys):
 
 
 def test_any_file_of_a_run_is_enough_to_refuse_a_new_one(corpus, tmp_path, capsys):
+    """Advice that leads on: --resume where there is something to resume, else another folder, for --resume too."""
     for name in ("last.pt", "best.pt", "log.jsonl"):
         folder = tmp_path / name.replace(".", "_")
         folder.mkdir()
         (folder / name).write_text("precious")
-        refused(capsys, argv(corpus, folder), "holds a run")
+        message = refused(capsys, argv(corpus, folder), "holds a run", "another --out")
+        assert ("--resume" in message) == (name == "last.pt")
+        if name != "last.pt":
+            assert refused(capsys, argv(corpus, folder, "--resume")) == message
         assert contents(folder) == {str(folder / name): b"precious"}
 
 
