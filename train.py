@@ -642,6 +642,8 @@ def run(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
     if c.eval_only:
         return eval_only(c, given)
+    if c.noise:
+        raise ConfigError(f"--noise {c.noise} is for --eval_only")
     c, resumed = open_run(c, given, (*MODEL_FLAGS, "dropout", "init"))
     check(c)
     corpus = load_data(c.data)
@@ -750,17 +752,19 @@ def train(r, model, data, loss_of, rank, world, device, stop):
 
 def eval_only(c, given):
     """Validate --out, a run or a published checkpoint, on its own corpus and windows unless flags say otherwise."""
-    check(c)
     model, extra = load(c.out)
     known = {n: v for n, v in extra.get("flags", {}).items() if n in vars(c)}  # a run of distill.py has others too
-    c = dataclasses.replace(Flags(**known), **{**given, "out": c.out})
+    c, merges = dataclasses.replace(Flags(**known), **{**given, "out": c.out}), extra.get("merges", ())
+    reads_bytes(c.out, model, c, merges)
+    check(dataclasses.replace(c, span=given.get("span", 1)))  # the run's own span is no fault of another --objective
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    corpus, merges = load_data(c.data), extra.get("merges", ())
-    reads_bytes(c.out, model, c, merges)
+    corpus = load_data(c.data)
     if corpus.name in TASKS and c.noise:
         raise ConfigError(f"--noise {c.noise} is for a text; leave it out with --data {corpus.name}")
     val = corrupt(corpus.val, c.noise) if c.noise else corpus.val
+    if c.noise and not len(val):
+        raise ConfigError(f"--noise {c.noise} leaves no byte to validate")
     size = f"{TASK_WINDOWS} windows" if corpus.name in TASKS else f"{len(val):,} bytes"
     print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {size} of {corpus.name}"
           + f", {c.noise}" * bool(c.noise))

@@ -255,6 +255,19 @@ def test_bad_flags_are_one_line(flags, parts, corpus, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_eval_only_judges_flags_by_the_runs_own_objective(corpus, tmp_path, capsys):
+    """--span is for mask: what the run is, or what --objective makes of it."""
+    go(corpus, tmp_path / "run", "--objective", "mask", "--span", 4)
+    flags = ["--eval_only", "--out", str(tmp_path / "run")]
+    for more, unit in ((["--span", "3"], "masked byte"), (["--objective", "diffusion"], "byte at most")):
+        capsys.readouterr()
+        assert train.main([*flags, *more]) == 0
+        assert f"bits per {unit}" in capsys.readouterr().out
+    refused(capsys, train.main, [*flags, "--span", 0], "--span 0")
+    refused(capsys, train.main, [*flags, "--objective", "diffusion", "--span", 3], "--span 3", "diffusion")
+    refused(capsys, train.main, [*flags, "--objective", "next"], "is an encoder")
+
+
 def test_an_objective_is_fixed_for_a_runs_life(corpus, tmp_path, capsys):
     go(corpus, tmp_path / "run", "--objective", "mask")
     refused(capsys, train.main, ["--out", tmp_path / "run", "--resume", "--objective", "next"],

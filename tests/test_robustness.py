@@ -108,6 +108,8 @@ def test_a_published_checkpoint_is_evaluated_and_trained_further(tmp_path, capsy
     assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags, "--noise", "antspeak"]) == 0
     out = capsys.readouterr().out
     assert "antspeak" in out and "perplexity of a word" in out and "by position 0 to 1: " in out
+    assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags, "--noise", "drop:1"]) == 2
+    assert "error: --noise drop:1 leaves no byte to validate" in capsys.readouterr().err
     flags += ["--init", str(tmp_path / "published"), "--out", str(tmp_path / "run")]
     assert train.main([*flags, "--steps", "2", "--lr", "0", "--layer", "mamba"]) == 2
     assert "--layer is fixed by the checkpoint of --init" in capsys.readouterr().err

@@ -470,7 +470,8 @@ def test_a_run_that_ends_in_ruins_says_so(corpus, tmp_path, capsys):
     ("--accumulate 3", ["--batch_size 4", "--accumulate 3"]), ("--device tpu9", ["--device tpu9", "--device cpu"]),
     ("--device meta", ["--device meta"]), ("--dtype float16", ["--dtype float16", "float64"]),
     ("--seq_len 900", ["900 bytes", "901", "--seq_len"]), ("--data no_such_file", ["no_such_file", "shakespeare"]),
-    ("--resume", ["last.pt", "python train.py"]), ("--eval_only", ["python train.py"])])
+    ("--resume", ["last.pt", "python train.py"]), ("--eval_only", ["python train.py"]),
+    ("--noise upper", ["--noise upper is for --eval_only"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
     assert not (tmp_path / "run").exists()
