@@ -133,7 +133,7 @@ def make_student(source, layer, share, init):
 # mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end; stepwise where --student has more attention than --keep_attention leaves
 #
-# train_bpb on the screen and in log.jsonl is the stage's loss over ln 2; val_bpb is the student's own, as in train.py.
+# The bar shows the stage's loss, and train_bpb in log.jsonl is that over ln 2; val_bpb is the student's own.
 
 
 def freeze(student, stage, mixers):

@@ -713,6 +713,7 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
 def train(r, model, data, loss_of, rank, world, device, stop):
     """Steps until the budget is spent, or Interrupted by a signal. model is r.model, compiled or wrapped as may be."""
     c, saved, stopped, unit = r.c, r.seconds, 0, unit_of(r.c)
+    predicts = loss_of is prediction_loss  # what distill.py minimizes is in no unit of ours
     with tqdm(total=1.0, initial=min(r.progress, 1.0), disable=rank > 0, dynamic_ncols=True,
               bar_format="{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}") as bar:
         while r.progress < 1:
@@ -742,8 +743,10 @@ def train(r, model, data, loss_of, rank, world, device, stop):
             r.record(train_bpb=bpb, lr=r.lr, bytes_per_second=round(speed, 1))
             if r.step == 1:
                 v = r.model.config.vocab
-                bar.write(f"step 0      loss {nats:.3f} nats; guessing uniformly is ln {v} = {math.log(v):.3f}")
-            bar.set_postfix_str(f"step {r.step} | {bpb:.3f} {unit} | {speed:,.0f} bytes/s", refresh=False)
+                guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if predicts else ""
+                bar.write(f"step 0      loss {nats:.3f}{guess}")
+            shown = f"{bpb:.3f} {unit}" if predicts else f"loss {nats:.3f}"
+            bar.set_postfix_str(f"step {r.step} | {shown} | {speed:,.0f} bytes/s", refresh=False)
             bar.update(min(r.progress, 1.0) - bar.n)
             if r.seconds - saved > SAVE_SECONDS:
                 saved = r.seconds

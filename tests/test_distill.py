@@ -325,7 +325,9 @@ def losses(log):
 def test_distillation_brings_the_student_to_its_teacher(layer, share, teacher, corpus, tmp_path, capsys):
     """From attention to a student nearer to the teacher than to the beginning; then it samples and validates."""
     log, student = go(teacher, corpus, tmp_path / "run", "--layer", layer, "--keep_attention", share, "--steps", 80)
-    out = capsys.readouterr().out
+    out, bar = capsys.readouterr()
+    assert "step 0      loss " in out and "guessing" not in out  # a divergence, neither bits per byte nor beside ln 256
+    assert "| loss " in bar and "bits per" not in bar
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "log.jsonl"]
     assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else layer) + "+mlp"
                                            for i in range(4)]
