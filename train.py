@@ -392,7 +392,8 @@ def validation_pieces(data, seq_len, batch_size, carried):
     Not carried: windows of seq_len. Carried: one stream. A task draws windows from a seed that no run has.
     """
     if callable(data):
-        return [data(seq_len, batch_size, 2**63, i) for i in range(-(-TASK_WINDOWS // batch_size))]
+        return [data(seq_len, min(batch_size, TASK_WINDOWS - i * batch_size), 2**63, i)
+                for i in range(-(-TASK_WINDOWS // batch_size))]
     read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
     if carried:
         size = seq_len * batch_size

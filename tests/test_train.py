@@ -19,7 +19,7 @@ import distill
 import sample
 import train
 from model import LM, Config, load
-from train import Flags, evaluate, learning_rate, make_optimizer, parameter_groups
+from train import NO_TARGET, Flags, evaluate, learning_rate, make_optimizer, parameter_groups
 
 ROOT = Path(train.__file__).parent
 TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
@@ -188,6 +188,14 @@ def test_validation_runs_without_dropout_and_leaves_the_random_state_alone():
     data, before = np.arange(40, dtype=np.uint8), torch.get_rng_state()
     assert evaluate(model.train(), data, 8, 2) == evaluate(model, data, 8, 2)
     assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+@pytest.mark.parametrize("batch", [8, 100, 1000])
+def test_a_task_is_scored_on_as_many_windows_as_is_said(batch):
+    """Also where --batch_size does not divide them: the last piece is cut, not filled up."""
+    pieces = train.validation_pieces(train.TASKS["induction"], 16, batch, False)
+    assert sum(len(tokens) for tokens, _ in pieces) == train.TASK_WINDOWS == 512
+    assert sum((targets != NO_TARGET).sum() for _, targets in pieces) == 512
 
 
 # The run
