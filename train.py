@@ -672,6 +672,8 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     model.to(device, dtype).train()
     r = Run(c, Path(c.out), model, make_optimizer(model, c.lr, c.weight_decay), cast, val, merges=merges, word=word)
     if extra:
+        for saved, own in zip(extra["optimizer"]["param_groups"], r.optimizer.param_groups):
+            saved.update(share=own["share"], weight_decay=own["weight_decay"])  # the first runs saved no share
         r.optimizer.load_state_dict(extra["optimizer"])
         r.step, r.seconds, r.best_bpb = extra["step"], extra["seconds"], extra["best_bpb"]
         r.validated = extra.get("validated", r.step)

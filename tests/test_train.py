@@ -120,6 +120,19 @@ def test_parameters_of_s4_learn_at_a_tenth_of_the_learning_rate(corpus, tmp_path
     assert decayed["lr"] == rest["lr"] == pytest.approx(10 * slow["lr"]) and slow["lr"] > 0
 
 
+def test_a_resumed_run_learns_and_decays_by_its_flags_not_by_what_the_optimizer_saved(corpus, tmp_path):
+    """A new --weight_decay counts, and the first runs' optimizers had no share of the learning rate in them."""
+    flags = argv(corpus, tmp_path / "run", "--layer", "s4")
+    assert train.main(flags) == 0
+    model, extra = load(tmp_path / "run" / "last.pt")
+    for group in extra["optimizer"]["param_groups"]:
+        del group["share"]
+    train.save(tmp_path / "run" / "last.pt", model, **extra)
+    assert train.main([*flags, "--resume", "--steps", "6", "--weight_decay", "0.3"]) == 0
+    groups = load(tmp_path / "run" / "last.pt")[1]["optimizer"]["param_groups"]
+    assert [g["share"] for g in groups] == [1, 1, 0.1] and [g["weight_decay"] for g in groups] == [0.3, 0, 0]
+
+
 def test_a_step_without_gradient_shrinks_linear_weights_and_nothing_else():
     torch.manual_seed(0)
     model = LM(Config(("mamba", "mamba2", "attention+mlp"), d_model=16, head_dim=8))
