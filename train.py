@@ -1,7 +1,8 @@
 """Train a byte language model: python train.py, or -h for the flags.
 
 In order: flags, where it runs, what is predicted, what the optimizer decays, validation, the run's folder, the loop.
-Every figure is in bits per byte: nats / ln 2.
+Figures are in bits per byte, nats / ln 2, unless they name another unit: the loss at step 0 is in nats, --objective
+mask counts bits per masked byte, a task bits per target.
 """
 import argparse
 import contextlib
@@ -247,7 +248,7 @@ class Stop:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is predicted: an objective turns bytes into tokens to read and targets to predict from them
 #
-# It is a function (before, targets, seed, first) of int64 arrays (b, l): the bytes, the byte before each, and where the
+# It is a function (before, targets, seed, first) of int64 arrays (b, l): the byte before each, the bytes, and where the
 # draws come from: they are a pure function of the seed and of `first`, the number of windows before these, so that a
 # resumed run and several processes draw the same. A window's loss is the mean over the targets it has.
 
@@ -436,7 +437,8 @@ def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcon
     """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
 
     The mean over windows is the loss by position; with stride = length / 2 the second halves, and all of the first
-    window, are what MambaByte reports: no byte is scored with less than half a window before it, and none twice.
+    window, are what MambaByte reports: none is scored twice, and after the first window none with less than half a
+    window before it. The last bytes, up to stride - 1 of them, are in no window.
     A window is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
     """
     model.eval()
@@ -527,7 +529,7 @@ def open_run(c, given, fixed):
 
 
 def open_log(folder, step, validated):
-    """log.jsonl, without the steps and validations that a crash left behind after the checkpoint, which has these."""
+    """log.jsonl, without what a crash left behind: lines later than the checkpoint's step, or its last validation."""
     path = folder / "log.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
