@@ -53,7 +53,7 @@ class Config:
     conv_bias: bool = True
     tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
-    gelu: str = "tanh"    # encoder: BiGS's published weights were trained with the tanh form; none is the exact one
+    gelu: str = "tanh"    # encoder's blocks: BiGS's were trained with the tanh form; none is the exact one, the head's
     n_position: int = 0   # encoder: rows of a learned table of positions; 0 = none, and any length
     n_type: int = 0       # encoder: rows of a table of segment types
 
@@ -79,17 +79,18 @@ class Config:
             raise ConfigError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; "
                               f"try {self.d_state + 1}")
         if "mamba2" in kinds:
-            _divides(self.expand * self.d_model, "expand * d_model", self.head_dim, "head_dim")
+            _divides(self.d_model, "d_model", self.head_dim, "head_dim", factor=self.expand)
 
 
-def _divides(whole, whole_name, part, part_name, times=1):
-    """Error unless part * times divides whole, with the nearest sizes that would do."""
-    unit = part * times
+def _divides(whole, whole_name, part, part_name, times=1, factor=1):
+    """Error unless part * times divides whole * factor, with the nearest sizes of the whole that would do."""
+    unit = part * times // math.gcd(part * times, factor)
     if whole % unit:
         low = max(whole // unit, 1) * unit
-        also = f" into even sizes" if times > 1 else ""
-        raise ConfigError(f"--{whole_name} {whole} is not divisible by --{part_name} {part}{also}; "
-                          f"try {low} or {low + unit}")
+        product = f" times {factor}" if factor > 1 else ""
+        also = " into even sizes" if times > 1 else ""
+        raise ConfigError(f"--{whole_name} {whole}{product} is not divisible by --{part_name} {part}{also}; "
+                          f"try --{whole_name} {low} or {low + unit}")
 
 
 def make_norm(c):
@@ -212,7 +213,7 @@ def causal_conv(x, weight, bias, tail, keep=None):
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
     if keep is None:
-        tail = seen[:, l:]
+        tail = seen[:, l:].clone() if l > 1 else seen[:, l:]  # a view would keep all of seen in memory
     else:
         tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     if l == 1:  # a byte at a time: one product
@@ -445,7 +446,7 @@ class LM(nn.Module):
 
     @property
     def recurrent(self):
-        """True if the state's size does not depend on how much has been read."""
+        """True if no layer is attention: the state has one size from the first byte on."""
         return not any(layer.startswith("attention") for layer in self.config.layers)
 
 
@@ -460,7 +461,8 @@ class LM(nn.Module):
 #    s4d          BiGS                                        a transformer, its attention replaced
 #    attention    a gate instead of the two-layer network     a transformer
 #
-# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights a layer, to the biases.
+# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights a layer,
+# not counting biases and the SSMs' few numbers.
 
 
 class SharedS4D(nn.Module):
@@ -562,7 +564,7 @@ class Encoder(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), each position's of its own token, from both sides; the state is None.
 
     real (b, l) is False at padding; types (b, l) name segments, all 0 if None. As in BERT the embeddings are summed and
-    normed, and the head is a layer, a norm and the embedding's weight again.
+    normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and the embedding's weight again.
     """
     recurrent = False
 
@@ -633,7 +635,8 @@ def load(path, device="cpu"):
                                   f"train one: python train.py --out {path}")
         path = found[0]
     elif not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {path.parent}")
+        folder = path.parent if path.suffix == ".pt" else path
+        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {folder}")
     extra, layout = read_file(path), None
     if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)

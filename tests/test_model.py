@@ -207,6 +207,14 @@ def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
         assert torch.equal(after, seen[:, l:])
 
 
+def test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory():
+    """A state that is kept after a long prompt is k - 1 rows, not a view into all of them."""
+    b, l, d, k = 2, 97, 5, 4
+    for keep in (None, torch.tensor([3, 97])):
+        _, tail = causal_conv(torch.randn(b, l, d), torch.randn(d, 1, k), None, None, keep)
+        assert tail.untyped_storage().nbytes() == b * (k - 1) * d * tail.element_size()
+
+
 def test_rotary_positions_keep_norms_and_know_only_distances():
     """RoFormer (2104.09864) eq. 16: q at m and k at n meet as R(n - m)."""
     torch.manual_seed(0)
@@ -340,13 +348,18 @@ def test_impossible_sizes_are_one_line_errors():
                            (dict(layers=()), "at least one layer"),
                            (attention | dict(d_model=100, n_head=6), "--d_model 100 is not divisible by --n_head 6"),
                            (attention | dict(n_head=4, n_kv_head=3), "--n_head 4 is not divisible by --n_kv_head 3"),
-                           (dict(layers=("mamba2",), d_model=50, head_dim=64), "is not divisible by --head_dim 64"),
+                           (dict(layers=("mamba2",), d_model=100, head_dim=32),
+                            "--d_model 100 times 2 is not divisible by --head_dim 32; try --d_model 96 or 112"),
+                           (dict(layers=("mamba2",), d_model=100, head_dim=32, expand=1),
+                            "--d_model 100 is not divisible by --head_dim 32; try --d_model 96 or 128"),
                            (dict(d_model=0), "--d_model 0 is not positive"), (dict(d_state=-1), "--d_state -1")):
         with pytest.raises(ConfigError, match=message) as error:
             Config(**flags)
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="try 96 or 108"):
+    with pytest.raises(ConfigError, match="try --d_model 96 or 108"):
         Config(("attention",), d_model=100, n_head=6)  # 96 and 108 are even multiples, as rotary positions need
+    for d_model in (96, 112):
+        Config(("mamba2",), d_model=d_model, head_dim=32)  # what was advised
 
 
 # Peers: other programs with the same weights
