@@ -300,23 +300,23 @@ class SubwordDrafter:
         first = self.states[0][0]
         cuts = self.words.cuts(bytes(text[0, first:end].tolist()))
         self.states = [s for s in self.states if s[0] - first in cuts][-1:]
-        read, logits, state = self.states[0]
-        rest = self.words.encode(bytes(text[0, read:end].tolist())).tolist()
+        seen, logits, state = self.states[0]
+        rest = self.words.encode(bytes(text[0, seen:end].tolist())).tolist()
         if rest[:-1]:
             logits, state = prefill(self.model, text.new_tensor([rest[:-1]]), state)
         prefix, guesses, laws = self.words.words[rest[-1]], b"", []
-        read = end - len(prefix)
-        self.states.append((read, logits, state))
+        seen = end - len(prefix)
+        self.states.append((seen, logits, state))
         for i in range(k):
             word, q = self.draw(logits, prefix, law, generator)
-            new, read = self.words.words[word], read + len(self.words.words[word])
+            new, seen = self.words.words[word], seen + len(self.words.words[word])
             branches = [self.words.branches(new[:n]) for n in range(len(prefix), len(new))]
             if branches:  # not if the word is what the text ends with already
                 laws.append(reveal(q, np.stack(branches)))
             guesses, prefix = guesses + new[len(prefix):], b""
             if i + 1 < k:
                 logits, state = prefill(self.model, text.new_tensor([[word]]), state)
-                self.states.append((read, logits, state))
+                self.states.append((seen, logits, state))
         q = torch.from_numpy(np.concatenate(laws)).to(text.device, logits.dtype)[None] if laws else None
         return text.new_tensor([list(guesses)]), q
 
@@ -433,7 +433,7 @@ def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None,
         true = torch.bernoulli(chance, generator=generator).cumprod(1).sum(1).long()  # (b,) accepted
         byte = torch.multinomial(after[torch.arange(b, device=v.device), true], 1, generator=generator)
         accepted = true.tolist()  # all that the host needs to know
-        start, end = end, [e + n + 1 for e, n in zip(end, accepted)]
+        start, end = end, [e + a + 1 for e, a in zip(end, accepted)]
         for row, e, t in zip(text, end, byte):
             row[e - 1:e] = t
         if to_boundary:
@@ -494,9 +494,13 @@ def fill_words(model, words, text, cast, most=5):
     ids = words.encode(re.sub("_+", "[MASK]", text))
     pad, mask = words.ids["[PAD]"], words.ids["[MASK]"]
     longest = model.config.n_position or len(ids)
-    if len(ids) > longest or mask not in ids or model.config.vocab != len(words.pieces):
-        raise ConfigError(f"--fill: {len(ids)} tokens with {ids.count(mask)} holes and {len(words.pieces):,} words, "
-                          f"expected at most {longest}, at least 1 and {model.config.vocab:,}")
+    if len(words.pieces) != model.config.vocab:
+        raise ConfigError(f"vocab.txt has {len(words.pieces):,} pieces, the model {model.config.vocab:,}; "
+                          "take the one that was published with it")
+    if mask not in ids:
+        raise ConfigError("--fill has no hole; write ____ where a word is missing")
+    if len(ids) > longest:
+        raise ConfigError(f"--fill is {len(ids)} tokens, the model reads at most {longest}; shorten it")
     tokens = torch.tensor([ids + [pad] * (longest - len(ids))], device=next(model.parameters()).device)
     with cast:
         law = torch.softmax(model(tokens)[0][0].float(), -1)  # (l, v)
@@ -571,8 +575,7 @@ def run(argv):
         folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     if extra.get("merges"):
-        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it only drafts: "
-                          f"--draft {c.ckpt} --ckpt, and a model of bytes")
+        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it can only draft: --ckpt MODEL_OF_BYTES --draft {c.ckpt}")
     drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
@@ -604,17 +607,24 @@ def run(argv):
     return 0
 
 
+def check_rows(path, model, batch):
+    """ConfigError if a state of the model cannot keep a different number of bytes in each row."""
+    kinds = {layer.removesuffix("+mlp") for layer in model.config.layers}
+    if batch > 1 and not kinds <= {"mamba", "mamba2"}:
+        raise ConfigError(f"--batch {batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
+                          f"different numbers of bytes; {path} has {', '.join(sorted(kinds))}; use --batch 1")
+
+
 def make_drafter(c, model, extra, device, dtype):
     """What --draft names: ngram, over the corpus that the model was trained on, or a checkpoint."""
-    batched = all(layer.removesuffix("+mlp") in ("mamba", "mamba2") for layer in model.config.layers)
-    if c.batch > 1 and not batched:
-        kinds = ", ".join(sorted(set(model.config.layers)))
-        raise ConfigError(f"--batch {c.batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
-                          f"different numbers of bytes; {c.ckpt} has {kinds}; use --batch 1")
-    if c.draft == "ngram":
+    check_rows(c.ckpt, model, c.batch)
+    drafter, own = (None, {}) if c.draft == "ngram" else load(c.draft, device)
+    if model.config.vocab > 256 and (drafter is None or own.get("merges")):
+        raise ConfigError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens, "
+                          "so draft with a model of the same tokens")
+    if drafter is None:
         name = extra.get("flags", {}).get("data")
         return NgramDrafter(load_corpus(name).train if name else b"")
-    drafter, own = load(c.draft, device)
     drafter.to(dtype)
     if own.get("merges"):
         if c.batch > 1:
@@ -623,6 +633,7 @@ def make_drafter(c, model, extra, device, dtype):
     if drafter.config.vocab != model.config.vocab:
         raise ConfigError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab}, {c.ckpt} one of "
                           f"{model.config.vocab}; they must be the same, or the drafter's made by train.py --bpe")
+    check_rows(c.draft, drafter, c.batch)
     return ByteDrafter(drafter)
 
 

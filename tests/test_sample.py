@@ -397,7 +397,8 @@ def test_bad_flags_are_one_line(flags, parts, runs, capsys):
 
 
 def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
-    refused(capsys, ["--ckpt", tmp_path / "none"], tmp_path / "none", "python train.py")
+    for path, out in ((tmp_path / "none", tmp_path / "none"), (tmp_path / "none" / "best.pt", tmp_path / "none")):
+        refused(capsys, ["--ckpt", path], f"no checkpoint at {path}; train one: python train.py --out {out}\n")
     refused(capsys, ["--ckpt", tmp_path], "no best.pt or last.pt")
     whole = (runs / "mamba" / "best.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])

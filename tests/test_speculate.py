@@ -565,12 +565,16 @@ def test_a_seed_reproduces_a_speculated_text(runs, capsysbinary):
 @pytest.mark.parametrize("flags, parts", [
     ("--draft ngram --k 0", ["--k 0"]), ("--draft ngram --rule best", ["--rule best", "point_mass"]),
     ("--draft ngram --rule top_beta --beta 0", ["--beta 0"]), ("--draft no_such_run", ["no_such_run"]),
-    ("--draft {}/small", ["vocabulary of 300", "256"]), ("--ckpt {}/words", ["reads words", "--draft"]),
+    ("--draft {}/small", ["vocabulary of 300", "256"]), ("--ckpt {}/words", ["--ckpt MODEL_OF_BYTES --draft"]),
     ("--draft {}/words --batch 2", ["words", "--batch 1"]), ("--draft ngram --compile", ["--compile"]),
     ("--draft ngram --to_boundary --batch 2", ["--to_boundary"]),
-    ("--draft ngram --ckpt {}/attention --batch 2", ["--batch 2", "attention", "--batch 1"])])
+    ("--draft ngram --ckpt {}/attention --batch 2", ["--batch 2", "attention has attention", "--batch 1"]),
+    ("--draft {}/attention --batch 2", ["--batch 2", "attention has attention", "--batch 1"]),
+    ("--draft {}/s4 --batch 2", ["--batch 2", "s4 has s4, s4d", "--batch 1"]),
+    ("--draft ngram --ckpt {}/small", ["--draft ngram guesses bytes", "small reads tokens"]),
+    ("--draft {}/words --ckpt {}/small", ["words guesses bytes", "small reads tokens"])])
 def test_bad_flags_are_one_line(flags, parts, runs, capsys):
-    assert sample.main(["--ckpt", str(runs / "mamba"), *flags.format(runs).split()]) == 2
+    assert sample.main(["--ckpt", str(runs / "mamba"), *flags.replace("{}", str(runs)).split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and all(part in err for part in parts), err
 

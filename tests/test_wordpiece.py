@@ -68,8 +68,12 @@ def test_bigs_fills_words(tmp_path, capsys):
     likeliest = PIECES[p.argmax()]
     assert filled == f"the goal of life is {likeliest} .".replace(" ##", "") and law.count(",") >= 4
     assert law.split()[:2] == [likeliest, f"{p.max():.4f},"]
-    for text in ("no hole", "_ " * 20):
+    for text, why in (("no hole", "--fill has no hole; write ____"),
+                      ("_ " * 20, "--fill is 22 tokens, the model reads at most 16")):
         assert main(["--ckpt", str(tmp_path), "--fill", text]) == 2
-        assert "tokens with" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
+    (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "more"]))
+    assert main(["--ckpt", str(tmp_path), "--fill", "_"]) == 2
+    assert f"vocab.txt has {len(PIECES) + 1} pieces, the model {len(PIECES)}" in capsys.readouterr().err
     (tmp_path / "vocab.txt").unlink()
     assert main(["--ckpt", str(tmp_path), "--fill", "_"]) == 2 and "vocab.txt is needed" in capsys.readouterr().err
