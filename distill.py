@@ -64,7 +64,8 @@ LIFELONG = ("teacher", "student", "keep_attention", "layer", "init", "stage")  #
 
 def keeps_attention(i, share):
     """Whether layer i stays attention: up to a half the last of every 1/share layers, above it all but the first of
-    every 1/(1 - share), as the paper interleaves. What a smaller share keeps, a larger one keeps too."""
+    every 1/(1 - share), as the paper interleaves. Of the shares 1/8, 1/4, 1/2, 3/4, 7/8 each keeps what a smaller one
+    keeps; other shares are rounded to 1/m or 1 - 1/m and need not."""
     if share <= 0.5:
         return share > 0 and (i + 1) % round(1 / share) == 0
     return share == 1 or i % round(1 / (1 - share)) != 0
@@ -163,9 +164,10 @@ def inventory(student, new, init):
             add("O -> out_proj", p.numel(), old or init == "attention", p)
         else:
             parts = input_rows(mixer) if kind == "in_proj" else {kind: p}
+            rest = "z, B, C, dt, A, D, convolution" if hasattr(mixer, "x_proj") else "z, dt, A, D, convolution, norm"
             for part, w in parts.items():
                 known = part in SOURCE
-                label = f"{SOURCE[part][0].upper()} -> {part}" if known else "z, dt, A, D, convolution, norm"
+                label = f"{SOURCE[part][0].upper()} -> {part}" if known else rest
                 add(label, w.numel(), old or known and init == "attention", p)
     return [(part, count, origin, fate) for (part, origin, fate), count in rows.items()]
 

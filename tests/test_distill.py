@@ -97,12 +97,14 @@ def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
 
 
 @pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
-                                         (0.75, [1, 2, 3, 5, 6, 7]), (1, list(range(8)))])
+                                         (0.75, [1, 2, 3, 5, 6, 7]), (0.875, list(range(1, 8))), (1, list(range(8)))])
 def test_attention_stays_where_the_paper_keeps_it(share, kept):
-    """Section 3.3; every smaller share keeps a part of what a larger one keeps, so layers can be replaced stepwise."""
+    """Section 3.3; each of these shares keeps what the smaller ones here keep, so layers can be replaced stepwise."""
     assert [i for i in range(8) if keeps_attention(i, share)] == kept
     assert [i for i in range(32) if not keeps_attention(i, 0.75)] == list(range(0, 32, 4))
     assert [i for i in range(32) if keeps_attention(i, share)] == [i + 8 * j for j in range(4) for i in kept]
+    larger = [s for s in (0.125, 0.25, 0.5, 0.75, 0.875, 1) if s > share]
+    assert all(keeps_attention(i, s) for s in larger for i in kept)
 
 
 # The student
@@ -197,6 +199,8 @@ def test_the_table_counts_every_parameter_once(layer, share, init, stage):
     kept = {"MLP", "embedding, norms, head"} | ({"attention"} if share else set())
     mapped = {"V -> x", "O -> out_proj"} | ({"K -> B", "Q -> C"} if layer == "mamba2" else set())
     assert copied == {"attention": kept | (mapped if new else set()), "random": kept, "scratch": set()}[init]
+    rest = "z, dt, A, D, convolution, norm" if layer == "mamba2" else "z, B, C, dt, A, D, convolution"
+    assert {part for part, *_ in rows} == kept | (mapped | {rest} if new else set())
 
 
 # Losses
