@@ -250,9 +250,9 @@ def dense_kernel(Abar, Bbar, C, l):
 
 
 def fft_conv(x, K, D=None):
-    """y_t = sum_{j <= t} K_j x_{t-j} + D x_t: x (b, l, d), K (d, l) or (1, l), D (d,) -> y (b, l, d) in x's dtype.
+    """y_t = sum_{j <= t} K_j x_{t-j} + D x_t: x (b, l, d), K (d, l) or (1, l), D (d,) or (1,) -> y (b, l, d).
 
-    The product of two transforms is a circular convolution; padded to 2l - 1 or more, nothing comes round.
+    y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing comes round.
     """
     l, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     size = 1 << (2 * l - 2).bit_length()  # a power of two, the fastest
@@ -336,7 +336,7 @@ def s4_kernel(dt, Lambda, P, B, C, l):
                                       = q(C', B) - g q(C', P) q(P^*, B)                            Woodbury
     with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
     Cauchy matrix times a vector. The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A
-    parameter holds C, not C', so l may change at will; the price is Abar^l, n^3 log l.
+    parameter holds C, not C', so l may change at will; the price is Abar^l, n^3 log l a channel, and d n^2 numbers.
     """
     return _s4_read(_circle(dt, Lambda, P, l), P, B, C)
 
@@ -426,10 +426,10 @@ def s4d_init(rule, n):
 
 
 def s4d_kernel(dt, A, B, C, l):
-    """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) complex -> K (d, l)
+    """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) or (1, n) complex -> K (d, l)
 
-    A Vandermonde matrix times a vector (S4D, section 3). The plain real part: where one mode of each conjugate pair is
-    kept, C has to come doubled, for a mode and its conjugate add up to twice the real part.
+    B may be a number. A Vandermonde matrix times a vector (S4D, section 3). The plain real part: where one mode of each
+    conjugate pair is kept, C has to come doubled, for a mode and its conjugate add up to twice the real part.
     """
     Bbar = discretize(dt[:, None], A, B, "zoh")[1]
     return _read(_powers(dt[:, None] * A, l), C * Bbar)[..., :l]
@@ -631,10 +631,10 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,  L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
 # with C as queries, B as keys, dt x as values and a decay where softmax was. Dao and Gu call it state-space duality.
 #
-#                work         memory beside the inputs      what it is
-#    naive       l p n        autograd keeps every state    the recurrence
-#    quadratic   l^2 (n + p)  l^2 a head                    masked attention
-#    chunked     l q (n + p)  l q a head                    quadratic inside chunks of q, the scan of section 2 between
+#                work a head            memory beside the inputs    what it is
+#    naive       2 l n p                autograd keeps every state  the recurrence
+#    quadratic   l^2 (n + p)            l^2 a head                  masked attention
+#    chunked     l (q (n + p) + 2 n p)  l q a head                  quadratic in chunks of q, section 2's scan between
 
 
 def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):

@@ -165,7 +165,7 @@ HF = {"hidden_act": SILU, "vocab_size": "vocab", "hidden_size": "d_model", "num_
 HF_MAMBA = {**HF, "state_size": "d_state", "conv_kernel": "d_conv", "expand": "expand", "use_bias": "bias",
             "use_conv_bias": "conv_bias", "layer_norm_epsilon": "norm_eps"}
 LAYOUTS = {
-    # state-spaces/mamba-*, mamba2-* and JunxiongWang/MambaByte_*; these have LayerNorms whatever their rms_norm says
+    # state-spaces/mamba-*, mamba2-*, JunxiongWang/MambaByte_*; the last have LayerNorms whatever their rms_norm says
     "state-spaces": Layout("pytorch_model.bin", (("backbone.embedding.", "embedding."), *LAYERS_AND_HEAD), {
         "mamba": STATE_SPACES,
         "mamba2": {**STATE_SPACES, "ssm_cfg.layer": ("Mamba2",), "ssm_cfg.norm_before_gate": (False,),

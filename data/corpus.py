@@ -323,10 +323,11 @@ def load_tokens(name: str, vocab: int) -> Corpus:
 def windows(data: np.ndarray, length: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The windows of one training step, (batch, length) int64. DataError if the data is shorter than one window.
 
-    An epoch cuts the data, from a random offset on, into windows that share one byte with the next, so that each byte
-    is a target once, and reads them in random order: drawing every start by itself would leave 37 % of the bytes unread
-    by the time it has drawn as many as there are. A pure function of (seed, step), so the step in a checkpoint is the
-    reader's position, and a resumed run reads what the uninterrupted one would have read.
+    An epoch cuts the data, from a random offset on, into windows that share one byte with the next, and reads them in
+    random order. No byte is a target twice, and all but up to two windows' worth at the ends are targets: drawing every
+    start by itself would leave 37 % of the bytes unread by the time it has drawn as many as there are. A pure function
+    of (seed, step), so the step in a checkpoint is the reader's position, and a resumed run reads what the
+    uninterrupted one would have read.
     """
     if len(data) < length:
         raise DataError(f"the data has {len(data):,} bytes, but one window needs {length:,}; "

@@ -1,6 +1,6 @@
 """Two tasks that a layer solves only if it chooses what to remember (Mamba, section 4.1), made in memory.
 
-    selective_copy    ..c....a...f.====    ->  at each = the next letter read: c, a, f
+    selective_copy    ..c....a...f.===     ->  at each = the next letter read: c, a, f
     induction         kd#gcafe...mbh#      ->  what followed the first #: g
 
 A convolution weighs a letter by how long ago it was, and here that says nothing: the letters lie anywhere, and the dots
@@ -18,7 +18,7 @@ NOISE, COPY, MARK = b".=#"
 def selective_copy(length: int, batch: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Letters scattered among dots, then as many `=`, whose targets are the letters in order: (batch, length) both.
 
-    A quarter of the length's root of them: 4 in 256 bytes, 16 in 4,096 and 16, which is the paper's size.
+    A quarter of the length's root of them: 4 in 256 bytes, 16 in 4,112, the paper's size: 4,096 and the 16 to fill in.
     """
     rng, count = generator("selective_copy", length, seed, step), max(1, round(length**0.5 / 4))
     places = np.sort(rng.random((batch, length - count)).argsort(1)[:, :count], axis=1)

@@ -359,7 +359,7 @@ def test_windows_are_a_pure_function_of_seed_and_step():
     assert (later != first).any() and (windows(data, 31, 3, seed=2, step=1) != first).any()
 
 
-def test_an_epoch_of_windows_makes_every_byte_a_target_once():
+def test_an_epoch_of_windows_makes_no_byte_a_target_twice():
     data = np.arange(251, dtype=np.uint8)  # 41 windows of 6 targets fit, 40 are read, so that the offset has room
     for epoch in range(3):
         targets = np.concatenate([windows(data, 7, 5, 3, step)[:, 1:].ravel()
