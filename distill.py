@@ -18,7 +18,8 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
     norms, SwiGLU, embedding, head                              copied
 
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
-factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm.
+factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. Here we differ from the
+paper: the new parts begin out of the way of what was copied, the convolution as the identity, D = 0 and dt = 0.1.
 
 --layer mamba makes Mamba-1 layers. Only V -> x and O -> out_proj fit there: our Mamba reads B and C from its convolved
 x and shares them among all channels. The released Mamba-1 hybrids do copy K and Q, cut in slices of n = 16, and with
@@ -99,12 +100,21 @@ SOURCE = {"x": "v_proj", "B": "k_proj", "C": "q_proj"}  # the map
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """V -> x, K -> B, Q -> C, O -> out_proj; a key or value head shared by r queries is repeated r times in a row."""
+    """V -> x, K -> B, Q -> C, O -> out_proj; a key or value head shared by r queries is repeated r times in a row.
+
+    What is new in Mamba-2 starts near linear attention: the convolution passes the present through, D = 0, dt = 0.1.
+    """
     for name, rows in input_rows(mixer).items():
         if name in SOURCE:
             heads = getattr(attention, SOURCE[name]).weight.unflatten(0, (-1, attention.size))  # (heads, size, d_model)
             rows.copy_(heads.repeat_interleave(attention.heads // len(heads), dim=0).flatten(0, 1))
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    if hasattr(mixer, "dt_bias"):
+        mixer.conv1d.weight.zero_()[..., -1] = 1
+        mixer.D.zero_()
+        mixer.dt_bias.fill_(math.log(math.expm1(0.1)))  # the inverse of softplus
+        if mixer.conv1d.bias is not None:
+            mixer.conv1d.bias.zero_()
 
 
 def replaced(student, other):
