@@ -383,7 +383,7 @@ def learning_rate(c, step, progress):
 # Validation
 
 
-VALIDATED = 8192  # bytes at a time, or as many as a step reads: what a call costs however short it is, a kernel, is shared
+VALIDATED = 8192  # bytes at a time, or as many as a step reads: they share what a call costs, say an S4 kernel
 
 
 class Interrupted(Exception):

@@ -701,6 +701,12 @@ def stages(folder):
     return [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
 
 
+def last_loss(folder, count=20):
+    """Mean loss in bits of a run's last steps; students of one teacher read the same windows in them."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return statistics.mean([line["train_bpb"] for line in lines if line["train_bpb"] is not None][-count:])
+
+
 def make_run(folder, script, flags):
     """Train what is not trained yet: only a run's end validates, and so writes best.pt."""
     if (folder / "best.pt").exists():
@@ -712,7 +718,8 @@ def make_run(folder, script, flags):
 
 
 def describe_run(folder):
-    """A row: bits per byte before the first step, after alignment and at the end; bytes and seconds of all; recall."""
+    """A row: bits per byte before the first step, after alignment and at the end; the divergence from the teacher that
+    is left; bytes and seconds of all; recall."""
     model, extra = load(folder)
     done, val = stages(folder), load_corpus(extra["flags"]["data"]).val
     gaps = (64, 1024) if "scratch" not in folder.name else ()
@@ -720,14 +727,15 @@ def describe_run(folder):
            "val_bpb": done[-1]["val_bpb"], "bytes": sum(stage["bytes"] for stage in done),
            "seconds": sum(stage["seconds"] for stage in done), "recall": {gap: recall(model, val, gap) for gap in gaps}}
     if len(done) > 1:
-        row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val), "aligned_bpb": done[0]["val_bpb"]}
+        row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val), "aligned_bpb": done[0]["val_bpb"],
+                "kl": last_loss(folder)}
     print(f"  {folder.name:22}" + "".join(f"{row[k]:9.4f}" if k in row else f"{'':9}" for k in BPB)
           + f"{row['bytes']:11,}{row['seconds']:7.0f}" + "".join(f"{bits:9.3f}" for bits in row["recall"].values()),
           flush=True)
     return row
 
 
-BPB = ("first_bpb", "aligned_bpb", "val_bpb")
+BPB = ("first_bpb", "aligned_bpb", "val_bpb", "kl")
 
 
 def beginning(flags, val):
@@ -790,7 +798,7 @@ def bench_distill(c):
     rows, names = [], ["teacher", *(f"{share}_attention" for share in SHARES)]
     for run in distillation_runs(root, c.quick):
         make_run(*run)
-    print(f"\n  {'':22}" + "".join(f"{k:>9}" for k in ("first", "aligned", "end"))
+    print(f"\n  {'':22}" + "".join(f"{k:>9}" for k in ("first", "aligned", "end", "KL"))
           + f"{'bytes':>11}{'s':>7}   recall at 64, 1,024")
     rows += [describe_run(run[0]) for run in distillation_runs(root, c.quick) if not run[0].name.endswith("aligned")]
     for share in SHARES:

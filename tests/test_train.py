@@ -334,7 +334,7 @@ def test_eval_only_keeps_the_dtype_of_the_run(corpus, tmp_path, monkeypatch):
     ("attention", signal.SIGINT, ["--dropout", 0.1, "--accumulate", 2]),
     ("mamba2", signal.SIGINT, ["--eval_every", 3]), ("mamba2", signal.SIGINT, ["--eval_every", 2])])
 def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, capsys):
-    """Stopped by a signal in the middle and resumed: the losses, validations and weights of a run without a stop, bit for
+    """Stopped by a signal in the middle and resumed: losses, validations and weights of a run without a stop, bit for
     bit, also where a validation was due right after the step in which the signal came."""
     extra = ["--layer", layer, "--steps", 7, *extra]
     whole = go(corpus, tmp_path / "whole", *extra)
