@@ -1034,9 +1034,9 @@ def bench_selection(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # speculate: in one process, plain and speculative writing in turn
 
-SPECULATION = {"target": "--d_model 160 --n_layer 12 --steps 1000",  # train.py's flags: what README says
-               "words": "--n_layer 1 --bpe 1024 --seq_len 256 --steps 2400",
-               "bytes": "--n_layer 1 --d_model 128 --steps 1200"}
+SPECULATION = {"target": "--d_model 160 --n_layer 12 --batch_size 16 --steps 500",  # train.py's flags: what README says
+               "words": "--n_layer 1 --bpe 1024 --seq_len 256 --batch_size 16 --steps 1200",
+               "bytes": "--n_layer 1 --d_model 128 --batch_size 16 --steps 600"}
 LENGTHS = {"words": (3, 4, 2, 6, 1), "ngram": (8, 16, 4, 32, 2), "bytes": (4, 6, 2, 8, 1)}  # the most interesting first
 
 
