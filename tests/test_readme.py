@@ -48,6 +48,10 @@ def test_training_commands_run(args, tmp_path, monkeypatch):
              "seq_len": 8, "batch_size": 2, "device": "cpu", "accumulate": 1}
     if "--bpe" in args:
         small["bpe"] = 4
+    if "--init" in args:
+        begin = tmp_path / "begin"
+        assert train.main([x for k, v in (small | {"out": begin}).items() for x in ("--" + k, str(v))]) == 0
+        small = {k: v for k, v in small.items() if k not in ("d_model", "n_layer", "n_head")} | {"init": begin}
     changing = [a for a in args if a in ("--resume", "--eval_only")]
     if changing:  # these need a run to go on with
         assert train.main([x for k, v in small.items() for x in ("--" + k, str(v))]) == 0
