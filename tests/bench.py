@@ -991,7 +991,7 @@ def selection_runs(root, quick):
     """(folder, flags) of every run. What is trained in windows of 256 begins with the weights of a run in short ones:
     1 to 4 targets in 256 letters may teach nothing in minutes."""
     runs, quickly = [], " --steps 2" * quick
-    for task, short, then in (("selective_copy", 64, "--lr 5e-3 --steps 500"),
+    for task, short, then in (("selective_copy", 64, "--lr 5e-3 --steps 800"),
                               ("induction", 32, "--lr 2e-3 --steps 300")):
         for layer in ("mamba", "s4d"):
             folder = root / f"{task}_{layer}_{short}"

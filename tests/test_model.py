@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from conftest import Code
-from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Mamba, Mamba2, causal_conv,
+from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Linear, Mamba, Mamba2, causal_conv,
                    init_dt_bias, load, rotate, save)
 
 F64 = torch.float64
@@ -51,6 +51,16 @@ def tensors_of(state):
 
 
 # Sizes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_matrix_meets_one_vector_as_it_meets_many(bias):
+    linear, x = Linear(512, 2048, bias=bias).double(), torch.randn(3, 2, 512, dtype=torch.float64)
+    alone = torch.stack([linear(row) for row in x.flatten(0, 1)]).unflatten(0, (3, 2))
+    torch.testing.assert_close(alone, linear(x), rtol=1e-12, atol=1e-12)
+    ways = linear(x[:1, :1]), linear(x)[:1, :1]
+    gradients = [torch.autograd.grad(y.square().sum(), linear.weight)[0] for y in ways]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_published_parameter_counts():
