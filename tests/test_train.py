@@ -224,7 +224,7 @@ def test_a_run_logs_every_step_and_ends_with_a_validation(layer, corpus, tmp_pat
     assert [line["bytes"] for line in log] == [64, 128, 192, 256, 256]
     assert log[0]["train_bpb"] == pytest.approx(8, abs=0.3)
     assert all(line["train_bpb"] > 0 and line["val_bpb"] is None and line["bytes_per_second"] > 0 for line in log[:4])
-    assert 0 < log[4]["val_bpb"] < 8.5 and (log[4]["val_bpb_carried"] is None) == (layer == "attention")
+    assert 0 < log[4]["val_bpb"] < 8.5 and (log[4]["val_bpb_carried"] is None) == (layer in ("attention", "s4"))
     model, extra = load(tmp_path / "run")
     assert extra["step"] == 4 and extra["flags"]["layer"] == layer
     val = np.fromfile(corpus, np.uint8)[900:]
