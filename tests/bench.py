@@ -1035,7 +1035,7 @@ def bench_selection(c):
             count = max(4, min(256, 2**20 // length))
             rows.append({"table": task, "path": layer, "memory": "default", "length": length, "windows": count,
                          "accuracy": accuracy(model, task, length, count), "steps": extra["step"],
-                         "seconds": extra["seconds"], "parameters": sum(p.numel() for p in model.parameters())})
+                         "parameters": sum(p.numel() for p in model.parameters())})
             print(f"{task:16}{layer:12}length {length:>9,}{rows[-1]['accuracy']:9.1%} of {count} windows", flush=True)
     return rows
 
