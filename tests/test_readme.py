@@ -26,7 +26,7 @@ def commands(script):
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
-    known |= {"--nproc_per_node", "--quick", "--json", "--help", "--local"}  # the last is hf's --local-dir
+    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local"}  # the last is hf's --local-dir
     assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", README)} <= known
 
 
