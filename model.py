@@ -94,8 +94,8 @@ def _divides(whole, whole_name, part, part_name, times=1, factor=1):
 
 
 class Linear(nn.Linear):
-    """y = W x + b. On a CPU a large W meets a single x as eight products of an eighth of the rows each: then every thread
-    reads rows of its own, at 20 GB/s where one product of the BLAS has 14 and the memory 22 (two cores, float32)."""
+    """y = W x + b. On a CPU a large W meets a single x as eight products of an eighth of the rows each, so that every
+    thread reads rows of its own: at 20 GB/s where one product of the BLAS has 14 and memory 22 (two cores, float32)."""
 
     def forward(self, x):
         rows, columns = self.weight.shape
