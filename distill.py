@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data.corpus import load_corpus, load_tokens
-from model import LM, CheckpointError, ConfigError, load
+from model import LM, CheckpointError, ConfigError, inverse_softplus, load
 from train import (RunFlags, check, evaluate, fit, flag, join_processes, open_run, parse, pick_device, pick_dtype,
                    run_script)
 
@@ -112,7 +112,7 @@ def copy_attention(mixer, attention):
     if hasattr(mixer, "dt_bias"):
         mixer.conv1d.weight.zero_()[..., -1] = 1
         mixer.D.zero_()
-        mixer.dt_bias.fill_(math.log(math.expm1(0.1)))  # the inverse of softplus
+        mixer.dt_bias.fill_(inverse_softplus(torch.tensor(0.1)))
         if mixer.conv1d.bias is not None:
             mixer.conv1d.bias.zero_()
 

@@ -235,10 +235,14 @@ def causal_conv(x, weight, bias, tail, keep=None):
     return convolve(wide, taps.contiguous(), bias), tail
 
 
+def inverse_softplus(dt):
+    """b with softplus(b) = dt > 0, in a form that does not overflow."""
+    return dt + torch.log(-torch.expm1(-dt))
+
+
 def init_dt_bias(size):
     """b with softplus(b) = dt, spread as in S4."""
-    dt = torch.exp(init_log_dt(size)).clamp(min=1e-4)
-    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus, which does not overflow
+    return inverse_softplus(torch.exp(init_log_dt(size)).clamp(min=1e-4))
 
 
 class MambaState(NamedTuple):
