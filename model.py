@@ -3,9 +3,9 @@
 Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
 later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1)
 are one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable
-is the rollback. y, state = layer(x, state, keep) returns the state after the first keep[i] positions of row i instead,
-and y for all: what reads ahead, as speculative sampling does, keeps only what came true. Only the encoder's layers,
-which see both sides of every position, have no state.
+is the rollback. y, state = layer(x, state, keep) returns the state after the first keep positions instead, and y for
+all: what reads ahead, as speculative sampling does, keeps only what came true. keep is a number, or in Mamba's layers a
+tensor (b,) with one for each row. Only the encoder's layers, which see both sides of every position, have no state.
 """
 import dataclasses
 import math
@@ -149,8 +149,8 @@ class S4D(nn.Module):
     def forward(self, x, state=None, keep=None):
         before, = state or (None,)
         y, h = self.systems(x, before)
-        if keep is not None:  # at batch 1: rows would need steps of their own
-            h = self.systems(x[:, :int(keep)], before)[1]
+        if keep is not None:  # for all rows: with steps of their own they would be at different powers of Abar
+            h = self.systems(x[:, :keep], before)[1]
         return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
 
 
@@ -216,7 +216,7 @@ def causal_conv(x, weight, bias, tail, keep=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
     x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is 0.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position keep (b,), or l.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position keep, or l.
     """
     (b, l, d), k = x.shape, weight.shape[2]
     if tail is None:
@@ -225,12 +225,13 @@ def causal_conv(x, weight, bias, tail, keep=None):
         bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
-    if keep is None:
-        tail = seen[:, l:].clone() if l > 1 else seen[:, l:]  # a view would keep all of seen in memory
-    else:
+    if isinstance(keep, torch.Tensor):
         tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
-    if l == 1:  # a byte at a time: one product
-        return (wide * taps).sum(1, keepdim=True) + bias, tail
+    else:
+        end = l if keep is None else keep
+        tail = seen[:, end:end + k - 1].clone() if l > 1 else seen[:, 1:]  # a view would keep all of seen in memory
+    if l <= 32:  # all in one product: few operations for few bytes, and k times their memory
+        return (wide.unfold(1, k, 1).mT * taps).sum(2) + bias, tail
     convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # bookkeeping costs as much again
     return convolve(wide, taps.contiguous(), bias), tail
 
@@ -358,7 +359,7 @@ class Attention(nn.Module):
 
     Its state is the cache of keys and values. With a window w every position sees itself and the w - 1 before it, so a
     cache of w - 1 is exact: constant memory here too, at the price of a model that cannot look further back.
-    keep takes batch 1: rows that keep different numbers of positions would need caches of different lengths.
+    keep is one number: rows that keep different numbers of positions would need caches of different lengths.
     """
 
     def __init__(self, c):
@@ -378,7 +379,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        passed = l if keep is None else int(keep)
+        passed = l if keep is None else keep
         end = k.shape[1] - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
         state = AttentionState(k[:, first:end], v[:, first:end], position + passed)
@@ -434,7 +435,7 @@ class Block(nn.Module):
 
 class LM(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last, or after
-    the first keep[i] of row i.
+    the first keep.
 
     The residual stream stays in the parameters' dtype; under autocast only the projections are narrow.
     """

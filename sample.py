@@ -45,7 +45,8 @@ class Flags:
     crlf: bool = flag(False, "lines end in CR LF inside the model, in LF outside: for the PG19 models of MambaByte")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
-    draft: str = flag("", "what guesses ahead, a checkpoint of bytes or words, or ngram; the law stays --ckpt's")
+    draft: str = flag("", "what guesses ahead: a checkpoint of bytes or words, or without a model ngram, which repeats, "
+                      "or counts, which draws; the law stays --ckpt's")
     k: int = flag(8, "bytes to guess at a time, or words if the drafter reads words")
     rule: str = flag("exact", "what decides on a guess: exact, point_mass, or top_beta, which changes the law")
     beta: int = flag(3, "top_beta accepts a byte among the beta likeliest")
@@ -240,7 +241,7 @@ def read(model, text, start, end, ahead, state):
     lag = [e - s for s, e in zip(start, end)]
     width = max(lag) + ahead
     window = torch.stack([row[s:s + width] for row, s in zip(text, start)])
-    keep = None if lag == [width] * len(lag) else torch.tensor(lag, device=text.device)
+    keep = lag[0] if len(set(lag)) == 1 else torch.tensor(lag, device=text.device)
     logits, state = model(window, state, keep)
     return torch.stack([row[n - 1:n + ahead] for row, n in zip(logits, lag)]), state
 
@@ -370,6 +371,42 @@ class NgramDrafter:
             if i >= 0:
                 return text[i + n:i + n + k]
         return guess
+
+
+class CountDrafter(NgramDrafter):
+    """No model either: draws from an n-gram law, counts of what followed the last bytes in the corpus.
+
+    p_n = (counts + 20 p_m) / (all counts + 20) for the last n = 2, 4 and 8 bytes, m being the length before n, and p_0
+    having all bytes alike: a Dirichlet prior (MacKay and Peto 1995). Of more than 500 places about so many are counted.
+    """
+
+    def __init__(self, corpus=b""):
+        super().__init__(corpus)
+        self.following = np.frombuffer(self.corpus + b"\n", np.uint8)[self.order]
+
+    def draft(self, text, end, k, law, generator):
+        """Guesses (b, k), and the laws (b, k, 256) that they were drawn from."""
+        last, guesses, laws = [bytes(t[max(0, e - 8):e].tolist()) for t, e in zip(text, end)], [], []
+        for _ in range(k):
+            p = torch.from_numpy(np.stack([self.predict(bytes_) for bytes_ in last]))
+            laws.append(law(p.to(text.device, torch.float32).log()))
+            guesses.append(torch.multinomial(laws[-1], 1, generator=generator))
+            last = [(bytes_ + bytes(byte))[-8:] for bytes_, byte in zip(last, guesses[-1].tolist())]
+        return torch.cat([text[:, :0], *guesses], dim=1), torch.stack(laws, dim=1) if laws else None
+
+    def predict(self, last):
+        """The law (256,) of the byte after the last ones."""
+        key, p = np.uint64(int.from_bytes(last[::-1].ljust(8, b"\0"), "big")), np.full(256, 1 / 256)
+        further = np.array([2 ** (64 - 8 * n) - 1 for n in (2, 4, 8) if n <= len(last)], np.uint64)  # bytes further back
+        first = np.searchsorted(self.sorted, key & ~further)
+        stop = np.searchsorted(self.sorted, key | further, side="right")
+        for i, j in zip(first, stop):
+            counts = np.bincount(self.following[i:j:(j - i) // 500 + 1], minlength=256)
+            p = (counts + 20 * p) / (counts.sum() + 20)
+        return p
+
+
+WITHOUT_MODEL = {"ngram": NgramDrafter, "counts": CountDrafter}
 
 
 def common_suffix(a, b):
@@ -616,15 +653,15 @@ def check_rows(path, model, batch):
 
 
 def make_drafter(c, model, extra, device, dtype):
-    """What --draft names: ngram, over the corpus that the model was trained on, or a checkpoint."""
+    """What --draft names: a checkpoint, or ngram or counts, over the corpus that the model was trained on."""
     check_rows(c.ckpt, model, c.batch)
-    drafter, own = (None, {}) if c.draft == "ngram" else load(c.draft, device)
+    drafter, own = (None, {}) if c.draft in WITHOUT_MODEL else load(c.draft, device)
     if model.config.vocab > 256 and (drafter is None or own.get("merges")):
         raise ConfigError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens, "
                           "so draft with a model of the same tokens")
     if drafter is None:
         name = extra.get("flags", {}).get("data")
-        return NgramDrafter(load_corpus(name).train if name else b"")
+        return WITHOUT_MODEL[c.draft](load_corpus(name).train if name else b"")
     drafter.to(dtype)
     if own.get("merges"):
         if c.batch > 1:

@@ -500,8 +500,8 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU, else chunked. keep (b,): h_last is the state after row i's first keep[i]
-    steps; without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
+    for one step, else triton on a CUDA GPU, else chunked. keep, a number or one a row (b,): h_last is the state after
+    so many steps; without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
     """
     (b, l, d), n = x.shape, A.shape[1]
     for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
@@ -510,7 +510,11 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
             raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
     if _takes_triton("naive" if l == 1 and impl == "auto" else impl, x):
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
-        return y, h if keep is None else _selective_triton(x, _cut(dt, keep), A, B, C, None, h0)[1]
+        if isinstance(keep, int):
+            h = _selective_triton(*(t[:, :keep] for t in (x, dt)), A, B[:, :keep], C[:, :keep], None, h0)[1]
+        elif keep is not None:
+            h = _selective_triton(x, _cut(dt, keep), A, B, C, None, h0)[1]
+        return y, h
     wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
     if h0 is None:
         h0 = wide.new_zeros(b, d, n)
@@ -534,7 +538,9 @@ def _selective_naive(x, dt, A, B, C, h, keep=None):
         Abar, Bbar = discretize(dt_t[:, :, None], A, B_t[:, None], "mamba")  # (b, d, n)
         h = Abar * h + Bbar * x_t[:, :, None]
         ys.append((h * C_t[:, None]).sum(-1))  # (b, d)
-        if keep is not None:
+        if isinstance(keep, int):
+            kept = h if t < keep else kept
+        elif keep is not None:
             kept = torch.where((t < keep)[:, None, None], h, kept)
     return torch.stack(ys, dim=1), h if keep is None else kept
 
@@ -642,8 +648,8 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
 
     x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
     D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep (b,): h_last is the
-    state after row i's first keep[i] steps; always by the quadratic form, for what reads ahead is short.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep, a number or one a row
+    (b,): h_last is the state after so many steps; always by the quadratic form, for what reads ahead is short.
     """
     (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
     for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
@@ -674,20 +680,22 @@ def _ssd_naive(x, dt, A, B, C, h):
 
 
 def _log_decays(dt, A):
-    """c = cumsum(dt A) along axis 1, in float64 where the device has it: exp(c_i - c_j) of a float32 sum over 8,192
-    steps is 0.3 % wrong, because the difference of two large numbers keeps only their absolute precision."""
+    """c (b, nh, l), the sum of dt A up to each step, in float64 where the device has it: exp(c_i - c_j) of a float32
+    sum over 8,192 steps is 0.3 % wrong, because the difference of two large numbers keeps only their absolute
+    precision."""
     wide = dt.dtype if dt.device.type == "mps" else torch.float64
-    return torch.cumsum(dt.to(wide) * A, dim=1)
+    return torch.cumsum(dt.to(wide) * A, dim=1).transpose(1, 2)
 
 
 def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
     """Masked attention over the whole length."""
-    c = _log_decays(dt, A)
-    y = _ssd_attend(x, dt, c, B, C, h0)
-    if keep is not None:
-        dt = _cut(dt, keep)
-        c = _log_decays(dt, A)
-    return y, _ssd_last_state(x, dt, c, B, h0)
+    c, u, B, C = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    L, e = _decays(c, x.dtype), c.to(x.dtype).exp()
+    y = _ssd_attend(u, L, e, B, C, h0).transpose(1, 2)
+    if isinstance(keep, torch.Tensor):
+        return y, _ssd_quadratic(x, _cut(dt, keep), A, B.transpose(1, 2), C.transpose(1, 2), h0)[1]
+    end = x.shape[1] if keep is None else keep
+    return y, _ssd_last_state(u[:, :, :end], L[:, :, end - 1, :end], e[:, :, end - 1], B[:, :, :end], h0)
 
 
 def _ssd_chunked(x, dt, A, B, C, h0, size=32):
@@ -697,42 +705,53 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     if l <= size:
         return _ssd_quadratic(x, dt, A, B, C, h0)
     whole = l // size * size
-    chunks = [t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in (x, dt, B, C)]  # (b chunks, size, ...)
-    c = _log_decays(chunks[1], A)
-    ends = _ssd_last_state(chunks[0], chunks[1], c, chunks[2], None)
-    decay = c[:, -1].to(x.dtype).exp()  # (b chunks, nh), over a whole chunk
-    h = scan(decay.unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
+    u, dt_chunks, B_chunks, C_chunks = (t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1)  # (b chunks, size, ...)
+                                        for t in (dt[..., None] * x, dt, B, C))
+    c, u, B_chunks, C_chunks = (_log_decays(dt_chunks, A), *(t.transpose(1, 2) for t in (u, B_chunks, C_chunks)))
+    e = c.to(x.dtype).exp()
+    ends = _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), None, B_chunks, None)
+    h = scan(e[..., -1].unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
-    y = _ssd_attend(chunks[0], chunks[1], c, chunks[2], chunks[3], starts).unflatten(0, (b, -1)).flatten(1, 2)
+    y = _ssd_attend(u, _decays(c, x.dtype), e, B_chunks, C_chunks, starts)
+    y = y.transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
     if whole == l:
         return y, h[:, -1]
     y_tail, h_last = _ssd_quadratic(x[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], h[:, -1])
     return torch.cat([y, y_tail], dim=1), h_last
 
 
-def _ssd_attend(x, dt, c, B, C, h0):
-    """y_i = exp(c_i) h0 C_i + sum_{j <= i} exp(c_i - c_j) (C_i . B_j) dt_j x_j for every position i."""
-    g, c, C = B.shape[2], c.transpose(1, 2), C.permute(0, 2, 3, 1)  # c (b, nh, l), C (b, g, n, l)
-    scores = (B.transpose(1, 2) @ C).mT.tril()  # (b, g, l, l), zero where j > i
-    L = _Decays.apply(c, x.dtype).unflatten(1, (g, -1)) * scores[:, :, None]  # (b, g, nh/g, l, l)
-    inside = L.flatten(1, 2) @ (dt[..., None] * x).transpose(1, 2)  # (b, nh, l, p)
-    from_h0 = h0.unflatten(1, (g, -1)).flatten(2, 3) @ C  # (b, g, p nh/g, l), one product a group
-    from_h0 = from_h0.unflatten(2, (-1, x.shape[3])).flatten(1, 2).mT  # (b, nh, l, p)
-    return torch.addcmul(inside, c.to(x.dtype).exp()[..., None], from_h0).transpose(1, 2)
+# Heads come first from here on: u = dt x (b, nh, l, p) · B, C (b, g, l, n) · L (b, nh, l, l) · e = exp(c) (b, nh, l)
+
+
+def _ssd_attend(u, L, e, B, C, h0):
+    """y_i = e_i h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
+    g, heads = B.shape[1], u.shape[1]
+    scores = (C @ B.mT).tril()  # (b, g, l, l), zero where j > i
+    scores = scores if g in (1, heads) else scores.repeat_interleave(heads // g, dim=1)
+    from_h0 = h0.unflatten(1, (g, -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l), one product a group
+    from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
+    return torch.addcmul(L * scores @ u, e[..., None], from_h0)
+
+
+def _decays(c, dtype):
+    """L_ij = exp(c_i - c_j) for j <= i, from c that never increases; above the diagonal 1, for tril to cut.
+
+    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become
+    inf, and inf times the zero of a mask is NaN.
+    """
+    if torch.is_grad_enabled():
+        return _Decays.apply(c, dtype)
+    L = torch.empty(*c.shape, c.shape[-1], dtype=dtype, device=c.device)
+    return torch.sub(c[..., :, None], c[..., None, :], out=L).clamp_(max=0).exp_()
 
 
 class _Decays(torch.autograd.Function):
-    """L_ij = exp(c_i - c_j) for j <= i, from c (b, nh, l) that never increases; above the diagonal 1, for tril to cut.
-
-    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become
-    inf, and inf times the zero of a mask is NaN. dL/dc_i adds up row i of W = dL L and takes off column i; autograd
-    would go through the same numbers four times, in float64.
-    """
+    """_decays with a backward of its own: dL/dc_i adds up row i of W = dL L and takes off column i. Autograd would go
+    through the same numbers four times, in float64."""
 
     @staticmethod
     def forward(ctx, c, dtype):
-        L = torch.empty(*c.shape, c.shape[-1], dtype=dtype, device=c.device)
-        torch.sub(c[..., :, None], c[..., None, :], out=L).clamp_(max=0).exp_()
+        L = _decays(c, dtype)  # grad is disabled in here
         ctx.save_for_backward(L)
         ctx.dtype = c.dtype
         return L
@@ -744,12 +763,12 @@ class _Decays(torch.autograd.Function):
         return W.sum(-1, dtype=ctx.dtype) - W.sum(-2, dtype=ctx.dtype), None  # rows and columns all but cancel
 
 
-def _ssd_last_state(x, dt, c, B, h0):
-    """h_last = exp(c_l) h0 + sum_j exp(c_l - c_j) dt_j x_j B_j^T; an h0 of None is zero."""
-    decay = (c[:, -1:] - c).to(x.dtype).exp()  # (b, l, nh)
-    u = ((dt * decay)[..., None] * x).unflatten(2, (B.shape[2], -1)).flatten(3)  # (b, l, g, p nh/g)
-    h = (u.permute(0, 2, 3, 1) @ B.transpose(1, 2)).unflatten(2, (-1, x.shape[3])).flatten(1, 2)  # (b, nh, p, n)
-    return h if h0 is None else torch.addcmul(h, c[:, -1, :, None, None].to(x.dtype).exp(), h0)
+def _ssd_last_state(u, decay, e, B, h0):
+    """h_last = e h0 + sum_j decay_j u_j B_j^T: (b, nh, p, n); decay (b, nh, l) and e (b, nh) are to the last step, and
+    an h0 of None is zero."""
+    left = (u * decay[..., None]).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l), as above
+    h = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))
+    return h if h0 is None else torch.addcmul(h, e[..., None, None], h0)
 
 
 SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}
