@@ -795,7 +795,7 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 #     the floor      b l d n exponentials, of which a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock
 #                    beside 128 other instructions; and 3 b l d numbers through memory forward, 8 forward and backward.
 #                    We take an exponential once or twice forward and three times backward, recomputing what would
-#                    cost more to keep. In the loops stand 9 instructions an exponential forward, 6 in (1), 7 and 36
+#                    cost more to keep. In the loops stand 9 instructions an exponential forward, 6 in (1), 7 and 35
 #                    in the two of backward: it is bound by instructions, the others nearly by exponentials.
 #     registers      Triton lays a tile (states, dim) over the threads along d first. Forward a thread has one channel
 #                    with up to 16 states: y is a sum inside it. Backward also sums over d, for dB and dC, so there a
@@ -828,22 +828,22 @@ def _tile(block, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr, dim: tl
 
 
 @_kernel()
-def _row(p, row, stop, at, columns: tl.constexpr):
-    """Numbers of a row, zero past its end and from row stop on."""
-    return tl.load(p + row * columns + at, mask=at < tl.where(row < stop, columns, 0), other=0.0)
+def _row(p, row, left, at, columns: tl.constexpr):
+    """Numbers of a row, zero past its end and where no rows are left."""
+    return tl.load(p + row * columns + at, mask=at < tl.where(left > 0, columns, 0), other=0.0)
 
 
 @_kernel()
-def _put(p, numbers, row, stop, at, columns: tl.constexpr):
+def _put(p, numbers, row, left, at, columns: tl.constexpr):
     """The same for writing."""
-    tl.store(p + row * columns + at, numbers, mask=at < tl.where(row < stop, columns, 0))
+    tl.store(p + row * columns + at, numbers, mask=at < tl.where(left > 0, columns, 0))
 
 
 @_kernel()
-def _step(h, A, x, dt, B, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr):
+def _step(h, A, x, dt, B, row, left, at_d, at_n, d: tl.constexpr, n: tl.constexpr):
     """h_t, and what it was made of."""
-    x_t, dt_t = _row(x, row, stop, at_d, d).to(h.dtype), _row(dt, row, stop, at_d, d).to(h.dtype)  # (dim,)
-    B_t = _row(B, row, stop, at_n, n).to(h.dtype)  # (states,)
+    x_t, dt_t = _row(x, row, left, at_d, d).to(h.dtype), _row(dt, row, left, at_d, d).to(h.dtype)  # (dim,)
+    B_t = _row(B, row, left, at_n, n).to(h.dtype)  # (states,)
     a = tl.exp2(dt_t[None, :] * A)  # (states, dim)
     return a * h + B_t[:, None] * (dt_t * x_t)[None, :], a, x_t, dt_t, B_t
 
@@ -861,11 +861,11 @@ def _ends_kernel(x, dt, A, B, ends, total, l, d: tl.constexpr, n: tl.constexpr, 
     at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
     A_t = tl.load(A + tile, mask=on, other=0.0)
     h, sum_dt = tl.zeros_like(A_t), tl.sum(tl.zeros_like(A_t), 0)
-    first, stop = batch * l + k * CHUNK, (batch + 1) * l
+    first, left = batch * l + k * CHUNK, tl.minimum(CHUNK, l - k * CHUNK).to(tl.int32)
     for t in range(0, CHUNK, STEPS):
         for i in tl.static_range(STEPS):
-            row = first + (CHUNK - 1 - t - i if BACK else t + i)
-            h_t, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, row, stop, at_d, at_n, d, n)
+            s = CHUNK - 1 - t - i if BACK else t + i
+            h_t, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + s, left - s, at_d, at_n, d, n)
             h = a * (h + B_t[:, None] * x_t[None, :]) if BACK else h_t
             sum_dt += dt_t
     to = batch * (chunks + 1) + 1 + (chunks - 1 - k if BACK else k)
@@ -874,15 +874,15 @@ def _ends_kernel(x, dt, A, B, ends, total, l, d: tl.constexpr, n: tl.constexpr, 
 
 
 @_kernel()
-def _forward_steps(h, A, D, x, dt, B, C, y, row, stop, at_d, at_n, d: tl.constexpr, n: tl.constexpr,
+def _forward_steps(h, A, D, x, dt, B, C, y, row, left, at_d, at_n, d: tl.constexpr, n: tl.constexpr,
                    STEPS: tl.constexpr):
     """A recursion over steps: loads on the way in, stores on the way out, for no load may overtake a store."""
-    h, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, stop, at_d, at_n, d, n)
-    C_t = _row(C, row, stop, at_n, n).to(h.dtype)
+    h, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, left, at_d, at_n, d, n)
+    C_t = _row(C, row, left, at_n, n).to(h.dtype)
     y_t = tl.sum(C_t[:, None] * h, 0) + D * x_t
     if STEPS > 1:
-        h = _forward_steps(h, A, D, x, dt, B, C, y, row + 1, stop, at_d, at_n, d, n, STEPS - 1)
-    _put(y, y_t, row, stop, at_d, d)
+        h = _forward_steps(h, A, D, x, dt, B, C, y, row + 1, left - 1, at_d, at_n, d, n, STEPS - 1)
+    _put(y, y_t, row, left, at_d, d)
     return h
 
 
@@ -900,34 +900,35 @@ def _forward_kernel(x, dt, A, B, C, D, kept, y, l, size, d: tl.constexpr, n: tl.
     for t in range(first, tl.minimum(first + size, l), STEPS):
         if t % CHUNK == 0:
             tl.store(kept + t // CHUNK * n * d + tile, h, mask=on)
-        h = _forward_steps(h, A_t, D_t, x, dt, B, C, y, batch * l + t, (batch + 1) * l, at_d, at_n, d, n, STEPS)
+        left = tl.minimum(STEPS, l - t).to(tl.int32)
+        h = _forward_steps(h, A_t, D_t, x, dt, B, C, y, batch * l + t, left, at_d, at_n, d, n, STEPS)
     if first + size >= l:
         tl.store(kept + (rows - 1) * n * d + tile, h, mask=on)
 
 
 @_kernel()
-def _there_and_back(h, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row, stop, at_d, at_n, d: tl.constexpr,
+def _there_and_back(h, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row, left, at_d, at_n, d: tl.constexpr,
                     n: tl.constexpr, STEPS: tl.constexpr):
     """STEPS steps forward from h_{t-1}, then back from q_{t+STEPS}: writes dx and ddt, adds to dB and dC.
 
     h and a wait in registers for the way out. There is no room for rows: they come from the cache a second time.
     """
-    h_t, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, stop, at_d, at_n, d, n)
+    h_t, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, left, at_d, at_n, d, n)
     if STEPS > 1:
-        q, dA, dD = _there_and_back(h_t, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row + 1, stop, at_d, at_n,
-                                    d, n, STEPS - 1)
-    x_t, dt_t = _row(x, row, stop, at_d, d).to(h.dtype), _row(dt, row, stop, at_d, d).to(h.dtype)
-    B_t, C_t = _row(B, row, stop, at_n, n).to(h.dtype), _row(C, row, stop, at_n, n).to(h.dtype)
-    dB_t, dC_t = _row(dB, row, stop, at_n, n), _row(dC, row, stop, at_n, n)
-    dy_t, D_t = _row(dy, row, stop, at_d, d).to(h.dtype), _row(D, 0, 1, at_d, d)
+        q, dA, dD = _there_and_back(h_t, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row + 1, left - 1, at_d,
+                                    at_n, d, n, STEPS - 1)
+    x_t, dt_t = _row(x, row, left, at_d, d).to(h.dtype), _row(dt, row, left, at_d, d).to(h.dtype)
+    B_t, C_t = _row(B, row, left, at_n, n).to(h.dtype), _row(C, row, left, at_n, n).to(h.dtype)
+    dB_t, dC_t = _row(dB, row, left, at_n, n), _row(dC, row, left, at_n, n)
+    dy_t, D_t = _row(dy, row, left, at_d, d).to(h.dtype), _row(D, 0, 1, at_d, d)
     g = C_t[:, None] * dy_t[None, :] + q
     q = a * g
     w = q * h
     gB = tl.sum(g * B_t[:, None], 0)
-    _put(dx, dt_t * gB + D_t * dy_t, row, stop, at_d, d)
-    _put(ddt, x_t * gB + 0.6931471805599453 * tl.sum(w * A, 0), row, stop, at_d, d)
-    _put(dB, dB_t + tl.sum(g * (dt_t * x_t)[None, :], 1), row, stop, at_n, n)
-    _put(dC, dC_t + tl.sum(h_t * dy_t[None, :], 1), row, stop, at_n, n)
+    _put(dx, dt_t * gB + D_t * dy_t, row, left, at_d, d)
+    _put(ddt, x_t * gB + 0.6931471805599453 * tl.sum(w * A, 0), row, left, at_d, d)
+    _put(dB, dB_t + tl.sum(g * (dt_t * x_t)[None, :], 1), row, left, at_n, n)
+    _put(dC, dC_t + tl.sum(h_t * dy_t[None, :], 1), row, left, at_n, n)
     return q, dA + w * dt_t[None, :], dD + x_t * dy_t
 
 
@@ -937,39 +938,41 @@ def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, 
                      CHUNK: tl.constexpr, STEPS: tl.constexpr):
     """(3) All gradients of a chunk and a group of BLOCKS blocks of channels, block after block.
 
-    A program takes several chunks and groups in turn, so that there are no more stores than programs. starts holds the
-    h before each chunk, behind the q after it, which dA replaces. dB and dC add up over the group's blocks here, from
-    zero, and over groups outside.
+    A program takes several chunks and groups in turn, so that there are no more stores than programs; each turn of its
+    one loop is a block, and finds its place anew, as no register is free to remember it. starts holds the h before each
+    chunk, behind the q after it, which dA replaces. dB and dC add up over the group's blocks here, from zero, and over
+    groups outside.
     """
     chunks, groups = tl.cdiv(l, CHUNK), tl.cdiv(d, dim * BLOCKS)
     store += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS * states * dim)
     store += tl.arange(0, states)[:, None] * dim + tl.arange(0, dim)[None, :]
-    item = tl.program_id(0)
-    while item < b * chunks * groups:
+    for turn in range(0, tl.cdiv(b * chunks * groups - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
+        item = tl.program_id(0) + turn // BLOCKS * tl.num_programs(0)
         chunk, group = (item // groups).to(tl.int64), item % groups
-        batch, k = chunk // chunks, chunk % chunks
-        first, stop, part = batch * l + k * CHUNK, (batch + 1) * l, group.to(tl.int64) * b * l * n
-        runs = tl.cdiv(tl.minimum(CHUNK, stop - first), STEPS)
-        for block in range(group * BLOCKS, group * BLOCKS + BLOCKS):
-            at_d, at_n, tile, on = _tile(block, d, n, states, dim)
-            A_t = tl.load(A + tile, mask=on, other=0.0)
-            h = tl.load(starts + (batch * (chunks + 1) + k) * n * d + tile, mask=on, other=0.0)
-            entry = behind + (batch * (chunks + 1) + chunks - 1 - k) * n * d + tile
-            q = tl.load(entry, mask=on, other=0.0)
-            dA, dD_t = tl.zeros_like(q), tl.sum(tl.zeros_like(q), 0)
-            for s in range(0, runs):
-                tl.store(store + s * (states * dim), h)
-                for i in tl.static_range(STEPS):
-                    h, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + s * STEPS + i, stop, at_d, at_n, d, n)
-            tl.debug_barrier()  # the store is complete
-            for s in range(runs - 1, -1, -1):
-                h = tl.load(store + s * (states * dim))
-                q, dA, dD_t = _there_and_back(h, q, dA, dD_t, A_t, D, x, dt, B, C, dy, dx, ddt, dB + part, dC + part,
-                                              first + s * STEPS, stop, at_d, at_n, d, n, STEPS)
-            tl.store(entry, dA, mask=on)
-            tl.store(dD + chunk * d + at_d, dD_t, mask=at_d < d)
-            tl.debug_barrier()  # the next block's threads add to dB and dC that others wrote
-        item += tl.num_programs(0)
+        batch, k, part = chunk // chunks, chunk % chunks, group.to(tl.int64) * b * l * n
+        first, left = batch * l + k * CHUNK, tl.minimum(CHUNK, l - k * CHUNK).to(tl.int32)
+        runs = tl.cdiv(left, STEPS).to(tl.int64)
+        at_d, at_n, tile, on = _tile(group * BLOCKS + turn % BLOCKS, d, n, states, dim)
+        A_t = tl.load(A + tile, mask=on, other=0.0)
+        h = tl.load(starts + (batch * (chunks + 1) + k) * n * d + tile, mask=on, other=0.0)
+        entry = behind + (batch * (chunks + 1) + chunks - 1 - k) * n * d + tile
+        q = tl.load(entry, mask=on, other=0.0)
+        dA, dD_t = tl.zeros_like(q), tl.sum(tl.zeros_like(q), 0)
+        for s in range(0, runs):
+            tl.store(store + s * (states * dim), h)
+            t = s * STEPS
+            for i in tl.static_range(STEPS):
+                h, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + t + i, left - t.to(tl.int32) - i, at_d, at_n,
+                                             d, n)
+        tl.debug_barrier()  # the store is complete
+        for s in range(runs - 1, -1, -1):
+            h = tl.load(store + s * (states * dim))
+            t = s * STEPS
+            q, dA, dD_t = _there_and_back(h, q, dA, dD_t, A_t, D, x, dt, B, C, dy, dx, ddt, dB + part, dC + part,
+                                          first + t, left - t.to(tl.int32), at_d, at_n, d, n, STEPS)
+        tl.store(entry, dA, mask=on)
+        tl.store(dD + chunk * d + at_d, dD_t, mask=at_d < d)
+        tl.debug_barrier()  # the next block's threads add to dB and dC that others wrote
 
 
 @_kernel()

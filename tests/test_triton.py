@@ -312,16 +312,12 @@ def test_without_a_gpu_the_error_names_the_interpreter(built):
 
 
 def test_kernels_compile_ahead_of_time_without_spilling(built):
-    """PTX and machine code for compute capabilities 8.0 and 9.0, and all states stay in registers.
-
-    No loop over time touches local memory. Around backward's, where a block of channels begins and ends, ptxas
-    sometimes puts a few addresses and counters there, a dozen words once in 64 steps.
-    """
+    """PTX and machine code for compute capabilities 8.0 and 9.0; no thread has a byte of local memory."""
     for name, kernel in built.items():
         if name != "error":
             assert kernel["target"].startswith("sm_" + name[-2:]) and kernel["REG"] <= 255
             assert kernel["loops"] and not any("STL" in loop or "LDL" in loop for loop in kernel["loops"]), name
-            assert kernel["LOCAL"] == 0 and kernel["STACK"] <= (48 if "backward" in name else 0), name
+            assert kernel["LOCAL"] == kernel["STACK"] == 0, name
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -336,4 +332,4 @@ def test_machine_code_is_near_the_floor(built, sm):
     assert loop["LDG"] == 4 * (2 + 2 * 16 // 4)  # a step loads x, dt, and B and C 16 bytes at a time
     walk, back = built[f"backward {sm}"]["loops"]
     assert walk["EX2"] == back["EX2"] == 32
-    assert sum(walk.values()) <= 9 * 32 and sum(back.values()) <= 38 * 32
+    assert sum(walk.values()) <= 8 * 32 and sum(back.values()) <= 36 * 32
