@@ -34,6 +34,14 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(module, "_sizes", lambda *args: sizes(*args) | {"CHUNK": 8})
 
 
+@pytest.fixture(autouse=True)
+def quick_calls(monkeypatch):
+    """The interpreter patches the language in every call, half of its time. Here once a kernel, tl.core with it."""
+    from triton.runtime.interpreter import InterpretedFunction
+    monkeypatch.setattr(module, "core", triton.language.core, raising=False)
+    monkeypatch.setattr(InterpretedFunction, "__call__", lambda f, *args, **kwargs: f.rewrite()(*args, **kwargs))
+
+
 @pytest.fixture
 def fill(monkeypatch, request):
     monkeypatch.setattr(module, "_fill", lambda device: request.param)
@@ -62,6 +70,7 @@ def check(tensors, tolerance=None):
     for name, g, w in zip(NAMES, got, want):
         error = (g.double() - w).norm().item()
         assert error <= (tolerance or TOLERANCE[tensors[0].dtype]) * w.norm().item() + 1e-30, (name, error)
+    return got
 
 
 # Agreement
@@ -77,7 +86,7 @@ def test_kernels_agree_with_the_recurrence_for_every_length(l, fill, poison):
 @pytest.mark.parametrize("n", [1, 3, 16, 20])
 def test_any_number_of_states(n, poison):
     """Those that are no power of two are masked."""
-    check(inputs(9, n))
+    check(inputs(9, n, b=1))
 
 
 def test_the_widest_state_runs_and_a_wider_one_is_refused():
@@ -101,10 +110,9 @@ def test_without_d_and_without_an_initial_state(poison):
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_widened_in_registers(dtype, poison):
     """y and gradients have their input's dtype, the state float32."""
-    tensors = inputs(9, dtype=dtype)
-    y, h = selective_scan(*tensors, impl="triton")
-    assert y.dtype == dtype and h.dtype == F32
-    check(tensors)
+    tensors = inputs(9, b=1, dtype=dtype)
+    y, h, *grads = check(tensors)
+    assert y.dtype == dtype and h.dtype == F32 and all(g.dtype == t.dtype for g, t in zip(grads, tensors))
 
 
 def test_gradients_through_one_output_alone():
@@ -142,17 +150,17 @@ def test_a_step_of_length_zero_changes_nothing():
 @pytest.mark.parametrize("fill", [CUT], indirect=True)
 def test_decays_from_one_to_zero(dt, A, fill, poison):
     """dt A down to -200,000, where a decay is 0, and up to -1e-7, where it rounds to 1."""
-    check(inputs(9, dtype=F32, dt=dt, A=A), 1e-5)
+    check(inputs(9, b=1, dtype=F32, dt=dt, A=A), 1e-5)
 
 
 @pytest.mark.parametrize("fill", [WHOLE, CUT], indirect=True)
 def test_a_slowly_forgetting_state_forgets(fill):
-    """A decay of 0.999 over 100 steps of bfloat16 inputs, under autocast: bfloat16 would round it to 1."""
-    x = torch.zeros(1, 100, 1, dtype=torch.bfloat16, device=DEVICE)
-    A, one = torch.tensor([[math.log(0.999)]], device=DEVICE), torch.ones(1, 100, 1, device=DEVICE)
+    """A decay of 0.999 over 40 steps of bfloat16 inputs, under autocast: bfloat16 would round it to 1."""
+    x = torch.zeros(1, 40, 1, dtype=torch.bfloat16, device=DEVICE)
+    A, one = torch.tensor([[math.log(0.999)]], device=DEVICE), torch.ones(1, 40, 1, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         _, h = selective_scan(x, one, A, one, one, h0=one[:, :1], impl="triton")
-    assert h.dtype == F32 and abs(h.item() - 0.999**100) < 1e-5
+    assert h.dtype == F32 and abs(h.item() - 0.999**40) < 1e-5
 
 
 # The plain scan
@@ -175,7 +183,7 @@ def test_plain_scan_agrees_for_every_length(l, fill, poison):
 @pytest.mark.parametrize("fill", [CUT], indirect=True)
 def test_two_runs_give_the_same_bits(fill):
     """Sums over programs are written in parts and added in a fixed order: no atomics, gradients included."""
-    tensors = inputs(17, dtype=F32)
+    tensors = inputs(9, dtype=F32)
     first, second = (values_and_gradients(lambda *t: selective_scan(*t, impl="triton"), tensors) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -213,18 +221,23 @@ def test_errors_name_the_reason_and_the_way_out(monkeypatch):
         selective_scan(x, dt, A, B, C, impl="triton")
 
 
-def run(code, *arguments, **environment):
+def start(code, *arguments, **environment):
     """A Python of its own, without the interpreter; what it prints last is JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    out = subprocess.run(command, cwd=Path(module.__file__).parent, env=environment, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout.splitlines()[-1])
+    return subprocess.Popen(command, cwd=Path(module.__file__).parent, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return json.loads(out.splitlines()[-1])
 
 
 def test_everything_else_works_without_triton():
     """triton hidden: scan.py loads, auto works, and asking for the kernels says what is missing."""
-    error = run("""
+    error = finish(start("""
 import json, sys
 sys.modules["triton"] = None
 import torch, scan
@@ -232,7 +245,7 @@ x = torch.ones(1, 4, 2)
 scan.selective_scan(x, x, -x[0, :2], x, x)
 try: scan.scan(x, x, impl="triton")
 except RuntimeError as e: print(json.dumps(str(e)))
-""")
+"""))
     assert error.startswith('scan: impl="triton" cannot run: Triton does not import')
     assert error.endswith('use impl="chunked"')
 
@@ -293,8 +306,19 @@ print(json.dumps(out))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def building(request, tmp_path_factory):
+    """A process that compiles while the tests before those of its kernels run."""
+    if not any("built" in item.fixturenames for item in request.session.items):
+        return (yield)
+    folder = str(tmp_path_factory.mktemp("triton"))
+    with start(COMPILE, folder, TRITON_CACHE_DIR=folder, CUDA_VISIBLE_DEVICES="") as process:
+        yield process
+        process.kill()
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(building):
     """Kernels compiled for two GPUs that need not be there, and disassembled."""
     from triton.compiler import ASTSource
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -302,8 +326,7 @@ def built(tmp_path_factory):
         pytest.skip("this Triton's compiler takes other arguments")
     if not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
         pytest.skip("this Triton does not carry ptxas, cuobjdump and nvdisasm")
-    folder = str(tmp_path_factory.mktemp("triton"))
-    return run(COMPILE, folder, TRITON_CACHE_DIR=folder, CUDA_VISIBLE_DEVICES="")
+    return finish(building)
 
 
 def test_without_a_gpu_the_error_names_the_interpreter(built):
