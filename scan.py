@@ -890,7 +890,7 @@ def _forward_steps(h, A, D, x, dt, B, C, y, row, left, at_d, at_n, d: tl.constex
 def _forward_kernel(x, dt, A, B, C, D, kept, y, l, size, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr,
                     dim: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
     """(3) y over size steps, a chunk or the whole length, from the state in kept, where those before chunks go."""
-    blocks, pieces, rows = tl.cdiv(d, dim), tl.cdiv(l, size), tl.cdiv(l, CHUNK) + 1
+    blocks, pieces, rows = tl.cdiv(d, dim), tl.cdiv(l, size), tl.cdiv(l, CHUNK).to(tl.int64) + 1
     piece = (tl.program_id(0) // blocks).to(tl.int64)
     batch, first = piece // pieces, piece % pieces * size
     at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
@@ -1072,7 +1072,7 @@ def _selective_forward(x, dt, A, B, C, D, h0):
 @_selective_forward.register_fake
 def _(x, dt, A, B, C, D, h0):
     chunks = -(-x.shape[1] // _sizes(1, len(A), 1)["CHUNK"])
-    return torch.empty_like(x), A.new_empty(len(x), chunks + 1, *A.shape)
+    return torch.empty_like(x), A.new_empty(x.shape[0], chunks + 1, *A.shape)
 
 
 @_operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor kept, Tensor dy, Tensor dh) -> "
@@ -1123,7 +1123,7 @@ def _scan_triton(a, b, h0):
 def _selective_triton(x, dt, A, B, C, D, h0):
     """x, dt, B and C go in as they are, and are widened in registers; A, D and the states are wide."""
     _check_triton("selective_scan", x)
-    b, d, n = len(x), *A.shape
+    b, (d, n) = x.shape[0], A.shape
     if not 1 <= n <= 256:
         raise ValueError(f'selective_scan: impl="triton" takes 1 to 256 states a channel, not {n}; use impl="chunked"')
     dtype, out = _wide_dtype(x, dt, A, B, C, D, h0), x.dtype

@@ -201,6 +201,17 @@ def test_torch_compile_keeps_the_graph_whole():
     assert all(map(torch.equal, values_and_gradients(compiled, tensors), values_and_gradients(both, tensors)))
 
 
+def test_torch_compile_makes_one_more_graph_for_every_other_batch():
+    """Of 2, 3 and 4 sequences the third batch finds the second's graph."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda *t: selective_scan(*t, impl="triton"), fullgraph=True, backend=graphs)
+    for b in (2, 3, 4):
+        compiled(*inputs(2, b=b))
+    assert graphs.frame_count == 2
+
+
 def test_operators_keep_their_contract():
     """torch.library.opcheck: schemas, and shapes where there is no data."""
     x, dt, A, B, C, D, h0 = inputs(3)
