@@ -154,15 +154,16 @@ def capture_step(step, token, state):
         copy_in(state)
         return logits
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what libraries set up in their first calls must not be recorded
-        for _ in range(3):
-            advance()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = advance()
+    with torch.cuda.device_of(token):  # streams are of the current device, which need not be the model's
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what libraries set up in their first calls must not be recorded
+            for _ in range(3):
+                advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = advance()
 
     def captured(next_token, state):
         if state is not own:
