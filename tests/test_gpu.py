@@ -7,7 +7,8 @@ from sample import capture_step, prefill
 from scan import SCANS, SELECTIVE_SCANS, SSDS, scan, selective_scan, ssd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-on_gpu = pytest.mark.parametrize("device", ["cuda"])
+last_gpu = f"cuda:{max(1, torch.cuda.device_count()) - 1}"  # where there are several, not the current one
+on_gpu = pytest.mark.parametrize("device", [last_gpu])
 every_length = pytest.mark.parametrize("l", [1, 2, 3, 7, 8, 31, 64, 100, 257, 1000])
 F64 = torch.float64
 b, d, n, nh, p, g = 2, 37, 5, 6, 7, 3
@@ -151,9 +152,11 @@ def test_kernels_at_every_size_and_decay(l, d, n, dt, A, device):
     torch.manual_seed(l)
     tensors = [torch.randn(b, l, d), torch.rand(b, l, d) * dt, -torch.rand(d, n) * A, torch.randn(b, l, n),
                torch.randn(b, l, n), torch.randn(d), torch.randn(b, d, n)]
-    junk = torch.full((2**26,), float("nan"), device=device)  # freed, its memory is the next to be handed out
+    junk = [torch.full((size,), float("nan"), device=device) for size in [2**26] + [2**17] * 64]
+    # freed, their memory is the next to be handed out, and what is below 1 MB comes from blocks of its own
     del junk
-    agree(selective_scan, [t.to(device) for t in tensors], "triton", 1e-5)
+    rounded = l * 2**-23 if A < 1e-6 else 0  # by which the exponentials of l steps, each nearly 1, may be off together
+    agree(selective_scan, [t.to(device) for t in tensors], "triton", 1e-5 + rounded)
 
 
 @on_gpu
@@ -180,27 +183,33 @@ def test_gradients_are_the_same_bits_every_time(device):
 
 @on_gpu
 def test_more_than_two_to_the_31_numbers(device):
-    """Offsets beyond int32: the last rows of x, past 2^31 numbers, against the same rows alone."""
+    """Offsets beyond int32: the last rows of x, past 2^31 numbers, and of its gradient, against the same rows alone."""
     if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GB of GPU memory")
     l, d, n, last = 2**31 // 1024 + 128, 1024, 2, 64
     x = torch.randn(1, l, d, device=device, dtype=torch.bfloat16)
     dt, A = torch.full_like(x, 4.0), torch.full((d, n), -3.0, device=device)  # decays of exp(-12): 64 steps forget all
     B = torch.randn(1, l, n, device=device, dtype=torch.bfloat16)
-    with torch.no_grad():
-        y, h = selective_scan(x, dt, A, B, B, impl="triton")
-        tail = [t[:, -last:].float() if t.ndim == 3 else t for t in (x, dt, A, B, B)]
-        want, want_h = selective_scan(*tail, impl="naive")
-    assert (y[:, -last // 2:].float() - want[:, -last // 2:]).norm() <= 1e-2 * want[:, -last // 2:].norm()
+    dy, tail = torch.randn_like(x), [t[:, -last:].float() if t.ndim == 3 else t for t in (x, dt, A, B, B)]
+
+    def values(x, dt, *rest, dy, impl):
+        y, h = selective_scan(x.requires_grad_(), dt.requires_grad_(), *rest, impl=impl)
+        return h, y, *torch.autograd.grad(y, (x, dt), dy)
+
+    h, *got = values(x, dt, A, B, B, dy=dy, impl="triton")
+    want_h, *want = values(*tail, dy=dy[:, -last:].float(), impl="naive")
     assert (h - want_h).norm() <= 1e-4 * want_h.norm()
+    for a, w in zip(got, want, strict=True):
+        assert (a[:, -last // 2:].float() - w[:, -last // 2:]).norm() <= 1e-2 * w[:, -last // 2:].norm()
 
 
 @on_gpu
-def test_torch_compile_takes_the_kernels_whole(device):
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_torch_compile_takes_the_kernels_whole(impl, device):
     """Inductor, forward and backward, one graph."""
     tensors = [t.to(device) for t in selective_scan_inputs(100)]
     f = torch.compile(lambda *t, impl: selective_scan(*t, impl=impl), fullgraph=True)
-    agree(f, tensors, "triton", 1e-5)
+    agree(f, tensors, impl, 1e-5)
 
 
 @on_gpu
