@@ -500,7 +500,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU, else chunked. keep, a number or one a row (b,): h_last is the state after
+    for one step, else triton on a CUDA GPU up to n = 256, else chunked. keep, a number or one a row (b,): h_last is the state after
     so many steps; without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
     """
     (b, l, d), n = x.shape, A.shape[1]
@@ -508,7 +508,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
                            ("C", C, (b, l, n)), ("D", D, (d,)), ("h0", h0, (b, d, n))):
         if t is not None and t.shape != shape or l == 0:
             raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
-    if _takes_triton("naive" if l == 1 and impl == "auto" else impl, x):
+    if _takes_triton(impl, x) and (impl == "triton" or l > 1 and n <= 256):
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
         if isinstance(keep, int):
             h = _selective_triton(*(t[:, :keep] for t in (x, dt)), A, B[:, :keep], C[:, :keep], None, h0)[1]
@@ -615,7 +615,7 @@ class _SelectiveChunked(torch.autograd.Function):
 
 def _chunk_slices(b, l, state):
     """Slices of the length axis: 16 to 64 steps, as many as keep a buffer of states near 2 MB."""
-    size = min(l, max(16, min(64, 2**19 // (b * state))))
+    size = min(l, max(16, min(64, 2**19 // max(1, b * state))))
     return [slice(i, min(i + size, l)) for i in range(0, l, size)]
 
 

@@ -54,7 +54,7 @@ from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, MIXERS, Block, Config, ConfigError, load, save
-from sample import (RULES, ByteDrafter, NgramDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
+from sample import (RULES, WITHOUT_MODEL, ByteDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
                     generate, prefill, read, speculate)
 from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan,
                   ssd, tl)
@@ -1044,10 +1044,10 @@ def bench_selection(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # speculate: in one process, plain and speculative writing in turn
 
-SPECULATION = {"target": "--d_model 160 --n_layer 12 --batch_size 16 --steps 500",  # train.py's flags: what README says
-               "words": "--n_layer 1 --bpe 1024 --seq_len 256 --batch_size 16 --steps 1200",
-               "bytes": "--n_layer 1 --d_model 128 --batch_size 16 --steps 600"}
-LENGTHS = {"words": (3, 4, 2, 6, 1), "ngram": (8, 16, 4, 32, 2), "bytes": (4, 6, 2, 8, 1)}  # the most interesting first
+SPECULATION = {"target": "--d_model 160 --n_layer 12", "words": "--n_layer 1 --bpe 1024 --seq_len 256",
+               "bytes": "--n_layer 1"}  # train.py's flags: what README says
+LENGTHS = {"counts": (8, 12, 4, 16, 2), "ngram": (16, 8, 4, 32, 2), "bytes": (6, 8, 4, 2, 1),
+           "words": (4, 3, 2, 6, 1)}  # the most interesting first
 
 
 def speculation_model(name, folder, quick):
@@ -1064,8 +1064,8 @@ def speculation_model(name, folder, quick):
 
 
 def make_drafter(name, folder, corpus, quick):
-    if name == "ngram":
-        return NgramDrafter(corpus.train)
+    if name in WITHOUT_MODEL:
+        return WITHOUT_MODEL[name](corpus.train)
     model, extra = speculation_model(name, folder, quick)
     return SubwordDrafter(model, BPE(extra["merges"])) if name == "words" else ByteDrafter(model)
 
@@ -1124,7 +1124,7 @@ def bench_speculate(c):
     prompts = [torch.tensor([corpus.val[s:s + 100].tolist()]) for s in starts]
     cells = [{"path": path, "k": lengths[i], "temperature": temperature} for i in range(1 if c.quick else 5)
              for path, lengths in LENGTHS.items() for temperature in (1.0, 0.0, 0.5)[:2 if i else 3]]
-    cells += [{"path": "words", "k": 3, "temperature": t, **how} for t in (1.0, 0.0)
+    cells += [{"path": "words", "k": 4, "temperature": t, **how} for t in (1.0, 0.0)
               for how in ({"rule": "point_mass"}, {"rule": "top_beta"}, {"to_boundary": True})]
     drafters = {}
     print(f"{'drafter':10}{'k':>3}{'temp.':>7}  {'':12}{'bytes/call':>11}"

@@ -89,12 +89,14 @@ def test_any_number_of_states(n, poison):
     check(inputs(9, n, b=1))
 
 
-def test_the_widest_state_runs_and_a_wider_one_is_refused():
+def test_the_widest_state_runs_and_a_wider_one_is_refused(monkeypatch):
     x, dt, A, B, C, D, h0 = inputs(2, n=257, b=1, d=1)
     y, _ = selective_scan(x, dt, A[:, :256], B[..., :256], C[..., :256], D, impl="triton")
     torch.testing.assert_close(y, selective_scan(x, dt, A[:, :256], B[..., :256], C[..., :256], D, impl="naive")[0])
     with pytest.raises(ValueError, match='1 to 256 states a channel, not 257; use impl="chunked"'):
         selective_scan(x, dt, A, B, C, impl="triton")
+    monkeypatch.setattr(module, "_takes_triton", lambda impl, x: True)  # as on a GPU: auto finds a way
+    torch.testing.assert_close(selective_scan(x, dt, A, B, C)[0], selective_scan(x, dt, A, B, C, impl="naive")[0])
 
 
 @pytest.mark.parametrize("d", [67, 131])
