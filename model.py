@@ -229,7 +229,7 @@ def causal_conv(x, weight, bias, tail, keep=None):
         tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     else:
         end = l if keep is None else keep
-        tail = seen[:, end:end + k - 1].clone() if l > 1 else seen[:, 1:]  # a view would keep all of seen in memory
+        tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
     if l <= 32:  # all in one product: few operations for few bytes, and k times their memory
         return (wide.unfold(1, k, 1).mT * taps).sum(2) + bias, tail
     convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # bookkeeping costs as much again

@@ -130,6 +130,7 @@ def compile_step(model, token):
     print("compiling", file=sys.stderr)
     step = torch.compile(model)
     try:
+        token = token.clone(memory_format=torch.contiguous_format)  # as every byte drawn will be, or it compiles again
         step(token, model(token)[1])
     except Exception as e:  # torch has a class of its own for every compiler that may be missing
         raise ConfigError(f"--compile does not work here ({str(e).strip().splitlines()[0]}); run without it") from e
@@ -242,7 +243,7 @@ def read(model, text, start, end, ahead, state):
     lag = [e - s for s, e in zip(start, end)]
     width = max(lag) + ahead
     window = torch.stack([row[s:s + width] for row, s in zip(text, start)])
-    keep = lag[0] if len(set(lag)) == 1 else torch.tensor(lag, device=text.device)
+    keep = torch.tensor(lag, device=text.device) if len(set(lag)) > 1 else lag[0] if ahead else None
     logits, state = model(window, state, keep)
     return torch.stack([row[n - 1:n + ahead] for row, n in zip(logits, lag)]), state
 
@@ -381,7 +382,7 @@ class CountDrafter(NgramDrafter):
     having all bytes alike: a Dirichlet prior (MacKay and Peto 1995). Of more than 500 places about so many are counted.
     """
 
-    def __init__(self, corpus=b""):
+    def __init__(self, corpus):
         super().__init__(corpus)
         self.following = np.frombuffer(self.corpus + b"\n", np.uint8)[self.order]
 
@@ -389,10 +390,10 @@ class CountDrafter(NgramDrafter):
         """Guesses (b, k), and the laws (b, k, 256) that they were drawn from."""
         last, guesses, laws = [bytes(t[max(0, e - 8):e].tolist()) for t, e in zip(text, end)], [], []
         for _ in range(k):
-            p = torch.from_numpy(np.stack([self.predict(bytes_) for bytes_ in last]))
-            laws.append(law(p.to(text.device, torch.float32).log()))
+            p = torch.from_numpy(np.stack([self.predict(t) for t in last])).to(text.device, torch.float32)
+            laws.append(law(p.log()))
             guesses.append(torch.multinomial(laws[-1], 1, generator=generator))
-            last = [(bytes_ + bytes(byte))[-8:] for bytes_, byte in zip(last, guesses[-1].tolist())]
+            last = [(t + bytes(byte))[-8:] for t, byte in zip(last, guesses[-1].tolist())]
         return torch.cat([text[:, :0], *guesses], dim=1), torch.stack(laws, dim=1) if laws else None
 
     def predict(self, last):

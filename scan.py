@@ -705,18 +705,17 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     if l <= size:
         return _ssd_quadratic(x, dt, A, B, C, h0)
     whole = l // size * size
-    u, dt_chunks, B_chunks, C_chunks = (t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1)  # (b chunks, size, ...)
-                                        for t in (dt[..., None] * x, dt, B, C))
-    c, u, B_chunks, C_chunks = (_log_decays(dt_chunks, A), *(t.transpose(1, 2) for t in (u, B_chunks, C_chunks)))
-    e = c.to(x.dtype).exp()
-    ends = _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), None, B_chunks, None)
+    x_tail, dt_tail, B_tail, C_tail = (t[:, whole:] for t in (x, dt, B, C))
+    x, dt, B, C = (t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in (x, dt, B, C))  # (b chunks, size, ...)
+    c, u, B, C = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    L, e = _decays(c, x.dtype), c.to(x.dtype).exp()
+    ends = _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), None, B, None)
     h = scan(e[..., -1].unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
-    y = _ssd_attend(u, _decays(c, x.dtype), e, B_chunks, C_chunks, starts)
-    y = y.transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
+    y = _ssd_attend(u, L, e, B, C, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
     if whole == l:
         return y, h[:, -1]
-    y_tail, h_last = _ssd_quadratic(x[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], h[:, -1])
+    y_tail, h_last = _ssd_quadratic(x_tail, dt_tail, A, B_tail, C_tail, h[:, -1])
     return torch.cat([y, y_tail], dim=1), h_last
 
 

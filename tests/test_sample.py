@@ -1,5 +1,6 @@
 """sample.py: the laws it draws from, generation against recomputation, streaming, prompts of any bytes, bad input."""
 import contextlib
+import functools
 import io
 import itertools
 from types import SimpleNamespace
@@ -357,6 +358,17 @@ def test_a_batch_is_several_texts_under_headings(runs, capsysbinary):
     shown = [text.decode(errors="replace").encode() for text in texts]
     want = b"".join(b"--- %d of 3\n%b\n" % (i + 1, text) for i, text in enumerate(shown))
     assert written(capsysbinary, *flags) == want
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_what_is_compiled_before_writing_is_all_that_is(kind, monkeypatch):
+    """The step that compile_step tries has the strides of those after a prompt: a second graph takes as long again."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, tokens = make(kind), torch.randint(256, (1, 70))
+    list(generate(model, tokens, 4, filter_logits, None, sample.compile_step(model, tokens[:, :1])))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_attention_says_what_it_keeps(runs, capsys):

@@ -537,7 +537,7 @@ def test_counts_are_those_of_the_corpus():
     for last, law in ((b"aa", after_aa), (b"xxaa", after_aa), (b"abaaa", after_baaa), (b"xxabbaaa", after_baaa),
                       (b"a", prior), (b"", prior)):
         np.testing.assert_allclose(counts.predict(last), law)
-    np.testing.assert_allclose(CountDrafter().predict(b"abcdefgh"), prior)
+    np.testing.assert_allclose(CountDrafter(b"").predict(b"abcdefgh"), prior)
 
 
 def test_counts_draw_from_the_law_they_report():
