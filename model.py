@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
 from data.corpus import whole_file
-from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
+from scan import (dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd, takes_triton,
+                  triton_conv)
 
 
 class ConfigError(ValueError):
@@ -224,12 +225,15 @@ def causal_conv(x, weight, bias, tail, keep=None):
     if bias is None:
         bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    wide, taps = seen.to(torch.promote_types(x.dtype, weight.dtype)), weight[:, 0].T
     if isinstance(keep, torch.Tensor):
         tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     else:
         end = l if keep is None else keep
         tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
+    taps = weight[:, 0].T
+    if takes_triton("auto", seen):
+        return triton_conv(seen, taps, bias), tail
+    wide = seen.to(torch.promote_types(x.dtype, weight.dtype))
     if l <= 32:  # all in one product: few operations for few bytes, and k times their memory
         return (wide.unfold(1, k, 1).mT * taps).sum(2) + bias, tail
     convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # bookkeeping costs as much again

@@ -110,7 +110,7 @@ def scan(a, b, h0=None, impl="auto"):
         raise ValueError(f"scan needs at least one step; b has shape {tuple(b.shape)}")
     if h0 is None:
         h0 = torch.zeros_like(b[:, 0])
-    path = _scan_triton if _takes_triton(impl, b) else _pick(impl, SCANS, "chunked")
+    path = _scan_triton if takes_triton(impl, b) else _pick(impl, SCANS, "chunked")
     return path(a.expand_as(b), b, h0)
 
 
@@ -142,7 +142,7 @@ def _pick(impl, table, auto):
     return table[name]
 
 
-def _takes_triton(impl, x):
+def takes_triton(impl, x):
     """Whether the kernels of section 6 run: asked for by name, or by auto on a GPU that Triton compiles for."""
     if impl != "auto" or triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
         return impl == "triton"
@@ -508,7 +508,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
                            ("C", C, (b, l, n)), ("D", D, (d,)), ("h0", h0, (b, d, n))):
         if t is not None and t.shape != shape or l == 0:
             raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
-    if _takes_triton(impl, x) and (impl == "triton" or l > 1 and n <= 256):
+    if takes_triton(impl, x) and (impl == "triton" or l > 1 and n <= 256):
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
         if isinstance(keep, int):
             h = _selective_triton(*(t[:, :keep] for t in (x, dt)), A, B[:, :keep], C[:, :keep], None, h0)[1]
@@ -996,6 +996,43 @@ def _scan_kernel(a, b, enter, out, decay, l, size, width, BLOCK: tl.constexpr, E
         tl.store(decay + chunk * width + at, product, mask=on)
 
 
+@_kernel()
+def _conv_kernel(x, taps, bias, y, rows, l, first, d: tl.constexpr, k: tl.constexpr, BLOCK: tl.constexpr,
+                 ROWS: tl.constexpr):
+    """The convolution beside the scan, y_t = bias + sum_j taps_j x_{first+t+j}, zeros where x (b, rows, d) has no row.
+
+    A program's rows overlap k times, in the cache: memory sees x once and y once, where a product a tap sees 3 k.
+    """
+    blocks, pieces = tl.cdiv(d, BLOCK), tl.cdiv(l, ROWS)
+    piece = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, t = piece // pieces, piece % pieces * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    bias_t = tl.load(bias + at, mask=at < d, other=0.0)
+    y_t = tl.zeros((ROWS, BLOCK), bias_t.dtype) + bias_t
+    for j in tl.static_range(k):
+        row, tap = first + t + j, tl.load(taps + j * d + at, mask=at < d, other=0.0)
+        on = (row >= 0) & (row < rows) & (at < d)
+        y_t += tap * tl.load(x + (batch * rows + row) * d + at, mask=on, other=0.0).to(tap.dtype)
+    tl.store(y + (batch * l + t) * d + at, y_t, mask=(t < l) & (at < d))
+
+
+@_kernel()
+def _conv_taps_kernel(x, dy, parts, l, size, d: tl.constexpr, k: tl.constexpr, BLOCK: tl.constexpr,
+                      ROWS: tl.constexpr):
+    """dL/dtaps_j = sum_t dy_t x_{t+j} over size steps of a sequence; x (b, l+k-1, d), a program for every tap."""
+    blocks, pieces = tl.cdiv(d, BLOCK), tl.cdiv(l, size)
+    j, piece = tl.program_id(0) % k, (tl.program_id(0) // k // blocks).to(tl.int64)
+    batch, first = piece // pieces, piece % pieces * size
+    at = tl.program_id(0) // k % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dtap = tl.zeros((ROWS, BLOCK), parts.dtype.element_ty)
+    for start in range(first, tl.minimum(first + size, l), ROWS):
+        t = start + tl.arange(0, ROWS)[:, None]
+        on = (t < l) & (at < d)
+        dy_t = tl.load(dy + (batch * l + t) * d + at, mask=on, other=0.0).to(dtap.dtype)
+        dtap += dy_t * tl.load(x + (batch * (l + k - 1) + t + j) * d + at, mask=on, other=0.0).to(dtap.dtype)
+    tl.store(parts + (piece * k + j) * d + at, tl.sum(dtap, 0)[None, :], mask=at < d)
+
+
 # From here on Python: how many programs of which size, and each direction as one operator for torch.compile
 
 
@@ -1112,6 +1149,61 @@ class _SelectiveTriton(torch.autograd.Function):
     def backward(ctx, dy, dh):
         dx, ddt, dA, dB, dC, dD, dh0 = _selective_backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
         return dx, ddt, dA.mT, dB, dC, dD, dh0.mT
+
+
+@_operator("(Tensor x, Tensor taps, Tensor bias, int l, int first, ScalarType dtype) -> Tensor")
+def _conv(x, taps, bias, l, first, dtype):
+    """All contiguous; y (b, l, d) in dtype, computed in that of taps and bias."""
+    (b, rows, d), y = x.shape, x.new_empty(x.shape[0], l, x.shape[2], dtype=dtype)
+    _launch(_conv_kernel, b * -(-l // 8) * -(-d // 128), x, taps, bias, y, rows, l, first, d=d, k=len(taps), BLOCK=128,
+            ROWS=8)
+    return y
+
+
+@_conv.register_fake
+def _(x, taps, bias, l, first, dtype):
+    return x.new_empty(x.shape[0], l, x.shape[2], dtype=dtype)
+
+
+@_operator("(Tensor x, Tensor dy, Tensor taps) -> Tensor")
+def _conv_taps(x, dy, taps):
+    """The gradient to taps (k, d), its parts added up in a fixed order."""
+    (b, l, d), k = dy.shape, len(taps)
+    blocks = -(-d // 128)
+    size = max(64, 8 * -(-l * b * blocks * k // (8 * _fill(x.device))))
+    pieces = -(-l // size)
+    parts = taps.new_empty(b * pieces, k, d)
+    _launch(_conv_taps_kernel, b * pieces * blocks * k, x, dy, parts, l, size, d=d, k=k, BLOCK=128, ROWS=8)
+    return parts.sum(0)
+
+
+@_conv_taps.register_fake
+def _(x, dy, taps):
+    return torch.empty_like(taps)
+
+
+class _Conv(torch.autograd.Function):
+    """To x goes the same convolution with the taps turned round, over dy with k - 1 zeros before and after it."""
+
+    @staticmethod
+    def forward(ctx, x, taps, bias):
+        ctx.dtypes, wide, y = (taps.dtype, bias.dtype), _wide_dtype(x, taps, bias), torch.promote_types(x.dtype, taps.dtype)
+        x, taps, bias = x.contiguous(), taps.to(wide).contiguous(), bias.to(wide).contiguous()
+        ctx.save_for_backward(x, taps)
+        return _conv(x, taps, bias, x.shape[1] - len(taps) + 1, 0, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, taps), dy = ctx.saved_tensors, dy.contiguous()
+        dx = _conv(dy, taps.flip(0), torch.zeros_like(taps[0]), x.shape[1], 1 - len(taps), x.dtype)
+        return dx, _conv_taps(x, dy, taps).to(ctx.dtypes[0]), dy.sum((0, 1), dtype=taps.dtype).to(ctx.dtypes[1])
+
+
+def triton_conv(x, taps, bias):
+    """y_t = bias + sum_j taps_j x_{t+j}: x (b, l+k-1, d), taps (k, d), bias (d,) -> y (b, l, d), the widest dtype."""
+    _check_triton("triton_conv", x)
+    return _Conv.apply(x, taps, bias)
 
 
 def _scan_triton(a, b, h0):

@@ -53,11 +53,11 @@ from data.corpus import load_corpus, windows
 from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
-from model import LM, MIXERS, Block, Config, ConfigError, load, save
+from model import LM, MIXERS, Block, Config, ConfigError, _CausalConv, load, save
 from sample import (RULES, WITHOUT_MODEL, ByteDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
                     generate, prefill, read, speculate)
 from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan,
-                  ssd, tl)
+                  ssd, tl, triton_conv)
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
                    run_script, sliding_bpb, train_step, window_nats, word_perplexity)
 
@@ -871,6 +871,14 @@ def beside_the_floor(rows, peak, b, l, d, n, dtype):
     return rows
 
 
+def make_conv(path, b, l, d, device):
+    """The convolution beside the scan, four taps, float32."""
+    x, taps, bias, dy = (torch.randn(s, device=device) for s in ((b, l + 3, d), (4, d), (d,), (b, l, d)))
+    f = {"triton": triton_conv, "shifted products": _CausalConv.apply,
+         "F.conv1d": lambda x, taps, bias: F.conv1d(x.mT, taps.T[:, None], bias, groups=d).mT}[path]
+    return forward_and_backward(f, [x, taps, bias], dy)
+
+
 def make_captured(captured, b, count, sizes, device):
     """count bytes for each of b texts, by MambaByte's model in bfloat16; the step captured or launched from Python."""
     model = LM(Config(**sizes)).to(device).eval()
@@ -902,6 +910,10 @@ def bench_gpu(c):
             cells = [Cell(p, make_scan, {"path": p, **sizes}) for p in paths]
             rows += beside_the_floor(compare("selective scan", sizes, cells, c), peak, **sizes)
         rows += scan_errors(c, GPU_PATHS[:4], dtype)
+    for b, l, d in ((2, 9, 3),) if c.quick else [shape[:3] for shape in GPU_SHAPES[:3]]:
+        sizes = {"b": b, "l": l, "d": d}
+        cells = [Cell(p, make_conv, {"path": p, **sizes}) for p in ("triton", "shifted products", "F.conv1d")]
+        rows += compare("convolution", sizes, cells, c)
     size = (2, 9, 16) if c.quick else (8, 2048, 768)
     rows += compare_training(("mamba", "transformers mamba"), *size, ("default",), c, n_layer=1 if c.quick else 24)
     sizes = dict(layers=("mamba",) * (1 if c.quick else 53), d_model=16 if c.quick else 1024, norm="layer", tie=False)
