@@ -670,13 +670,17 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
 
 def _ssd_naive(x, dt, A, B, C, h):
     """The definition, one step at a time."""
-    heads = x.shape[2] // B.shape[2]
-    B, C = B.repeat_interleave(heads, dim=2), C.repeat_interleave(heads, dim=2)  # (b, l, nh, n)
-    ys = []
+    B, C, ys = _per_head(B, x.shape[2], 2), _per_head(C, x.shape[2], 2), []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         h = torch.exp(dt_t * A)[..., None, None] * h + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
     return torch.stack(ys, dim=1), h
+
+
+def _per_head(t, heads, dim):
+    """What groups of heads share along dim, for each head; one group broadcasts as it is."""
+    g = t.shape[dim]
+    return t if g in (1, heads) else t.repeat_interleave(heads // g, dim=dim)
 
 
 def _log_decays(dt, A):
@@ -725,8 +729,7 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
 def _ssd_attend(u, L, e, B, C, h0):
     """y_i = e_i h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     g, heads = B.shape[1], u.shape[1]
-    scores = (C @ B.mT).tril()  # (b, g, l, l), zero where j > i
-    scores = scores if g in (1, heads) else scores.repeat_interleave(heads // g, dim=1)
+    scores = _per_head((C @ B.mT).tril(), heads, 1)  # (b, 1 or nh, l, l), zero where j > i
     from_h0 = h0.unflatten(1, (g, -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l), one product a group
     from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
     return torch.addcmul(L * scores @ u, e[..., None], from_h0)
