@@ -4,8 +4,9 @@ Everything here has one signature: y, state = layer(x, state). A state of None i
 later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1)
 are one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable
 is the rollback. y, state = layer(x, state, keep) returns the state after the first keep positions instead, and y for
-all: what reads ahead, as speculative sampling does, keeps only what came true. keep is a number, or in Mamba's layers a
-tensor (b,) with one for each row. Only the encoder's layers, which see both sides of every position, have no state.
+all: what reads ahead, as speculative sampling does, keeps only what came true. keep is a number from 1 to l, or in
+Mamba's layers a tensor (b,), from 0 to l for each row. Only the encoder's layers, which see both sides of every
+position, have no state.
 """
 import dataclasses
 import math
@@ -386,7 +387,9 @@ class Attention(nn.Module):
         passed = l if keep is None else keep
         end = k.shape[1] - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
-        state = AttentionState(k[:, first:end], v[:, first:end], position + passed)
+        cache = (t[:, first:end] for t in (k, v))
+        cache = (t.clone() for t in cache) if self.window and l > 1 else cache  # a view would keep a long prompt's
+        state = AttentionState(*cache, position + passed)
         share = self.heads // self.kv_heads
         q, k, v = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t, r in ((q, 1), (k, share), (v, share)))
         if l > 1 and (k.shape[2] > l or 0 < self.window < l):
@@ -460,11 +463,21 @@ class LM(nn.Module):
                     p /= math.sqrt(len(c.layers))
 
     def forward(self, tokens, state=None, keep=None):
+        if keep is not None:
+            self.check_keep(keep, tokens.shape[1])
         x, states = self.embedding(tokens), []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
             x, s = layer(x, s, keep)
             states.append(s)
         return self.lm_head(self.norm_f(x)), tuple(states)
+
+    def check_keep(self, keep, l):
+        """ValueError unless keep is a number from 1 to l, or a tensor where all layers are Mamba's."""
+        if isinstance(keep, torch.Tensor):
+            if others := {layer.removesuffix("+mlp") for layer in self.config.layers} - {"mamba", "mamba2"}:
+                raise ValueError(f"layers of {', '.join(sorted(others))} keep one number of positions for all rows")
+        elif not 1 <= keep <= l:
+            raise ValueError(f"keep {keep} is not from 1 to {l}, the number of positions")
 
     @property
     def recurrent(self):

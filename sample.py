@@ -2,7 +2,7 @@
 
 A state-space model keeps a state of constant size, so it writes for ever in constant memory; attention caches its last
 window. An encoder fills holes, from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
-In order: the law one samples from, writing byte by byte, speculative sampling, filling, the script.
+In order: the law one samples from, writing byte by byte, filling, speculative sampling, the script.
 """
 import codecs
 import functools
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.bpe import BPE
-from data.corpus import load_corpus
+from data.corpus import DataError, load_corpus
 from data.wordpiece import read_vocabulary
 from model import ConfigError, Encoder, load
 from train import MASK, flag, parse, pick_device, pick_dtype, run_script
@@ -45,8 +45,8 @@ class Flags:
     crlf: bool = flag(False, "lines end in CR LF inside the model, in LF outside: for the PG19 models of MambaByte")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float64; auto is bfloat16 on CUDA, else float32")
-    draft: str = flag("", "what guesses ahead: a checkpoint of bytes or words, or without a model ngram, which repeats, "
-                      "or counts, which draws; the law stays --ckpt's")
+    draft: str = flag("", "what guesses ahead: a checkpoint of bytes or words; or from the corpus of --ckpt, without a "
+                      "model, counts, which draws, or ngram, which copies; the law stays --ckpt's")
     k: int = flag(8, "bytes to guess at a time, or words if the drafter reads words")
     rule: str = flag("exact", "what decides on a guess: exact, point_mass, or top_beta, which changes the law")
     beta: int = flag(3, "top_beta accepts a byte among the beta likeliest")
@@ -379,12 +379,13 @@ class CountDrafter(NgramDrafter):
     """No model either: draws from an n-gram law, counts of what followed the last bytes in the corpus.
 
     p_n = (counts + 20 p_m) / (all counts + 20) for the last n = 2, 4 and 8 bytes, m being the length before n, and p_0
-    having all bytes alike: a Dirichlet prior (MacKay and Peto 1995). Of more than 500 places about so many are counted.
+    having all bytes alike: a Dirichlet prior (MacKay and Peto 1995). Of 500 places or more every second, third, ..
+    counts, between 250 and 500 of them.
     """
 
     def __init__(self, corpus):
         super().__init__(corpus)
-        self.following = np.frombuffer(self.corpus + b"\n", np.uint8)[self.order]
+        self.following = np.frombuffer(self.corpus + b"\n", np.uint8)[self.order]  # after the last byte a line ends
 
     def draft(self, text, end, k, law, generator):
         """Guesses (b, k), and the laws (b, k, 256) that they were drawn from."""
@@ -399,7 +400,7 @@ class CountDrafter(NgramDrafter):
     def predict(self, last):
         """The law (256,) of the byte after the last ones."""
         key, p = np.uint64(int.from_bytes(last[::-1].ljust(8, b"\0"), "big")), np.full(256, 1 / 256)
-        further = np.array([2 ** (64 - 8 * n) - 1 for n in (2, 4, 8) if n <= len(last)], np.uint64)  # bytes further back
+        further = np.array([2 ** (64 - 8 * n) - 1 for n in (2, 4, 8) if n <= len(last)], np.uint64)  # not in the n
         first = np.searchsorted(self.sorted, key & ~further)
         stop = np.searchsorted(self.sorted, key | further, side="right")
         for i, j in zip(first, stop):
@@ -458,7 +459,8 @@ def speculate(model, tokens, count, law, drafter, k, rule=exact, generator=None,
     start, end, shown, refused = [l - 1] * b, [l] * b, l, False
     while shown < l + count:
         began = time.perf_counter()
-        guesses, q = drafter.draft(text, end, 0 if refused else k, law, generator)
+        left = l + count - min(end) - 1  # the last byte needs no guess
+        guesses, q = drafter.draft(text, end, 0 if refused else min(k, left), law, generator)
         n, drafted = guesses.shape[1], time.perf_counter()
         if (room := max(end) + max(e - s for s, e in zip(start, end)) + n + 1) > text.shape[1]:
             text = F.pad(text, (0, room))
@@ -615,7 +617,10 @@ def run(argv):
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     if extra.get("merges"):
         raise ConfigError(f"--ckpt {c.ckpt} reads words, so it can only draft: --ckpt MODEL_OF_BYTES --draft {c.ckpt}")
+    began = time.perf_counter()
     drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
+    if c.draft and c.stats:
+        print(f"{c.draft} ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     prompt = read_prompt(c)
     if not model.recurrent and not c.fill:
         print("attention keeps a cache of "
@@ -657,13 +662,20 @@ def check_rows(path, model, batch):
 def make_drafter(c, model, extra, device, dtype):
     """What --draft names: a checkpoint, or ngram or counts, over the corpus that the model was trained on."""
     check_rows(c.ckpt, model, c.batch)
+    if c.draft not in WITHOUT_MODEL and not Path(c.draft).exists():
+        raise ConfigError(f"--draft {c.draft}: no such checkpoint; without one there are {', '.join(WITHOUT_MODEL)}")
     drafter, own = (None, {}) if c.draft in WITHOUT_MODEL else load(c.draft, device)
     if model.config.vocab > 256 and (drafter is None or own.get("merges")):
         raise ConfigError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens, "
                           "so draft with a model of the same tokens")
     if drafter is None:
         name = extra.get("flags", {}).get("data")
-        return WITHOUT_MODEL[c.draft](load_corpus(name).train if name else b"")
+        if not name and c.draft == "counts":
+            raise ConfigError(f"--draft counts: {c.ckpt} does not say what it was trained on; try --draft ngram")
+        try:
+            return WITHOUT_MODEL[c.draft](load_corpus(name).train if name else b"")
+        except DataError as e:
+            raise ConfigError(f"--draft {c.draft} reads what {c.ckpt} was trained on: {e}") from e
     drafter.to(dtype)
     if own.get("merges"):
         if c.batch > 1:

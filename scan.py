@@ -500,8 +500,9 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU up to n = 256, else chunked. keep, a number or one a row (b,): h_last is the state after
-    so many steps; without triton by the loop, for what reads ahead is short, and the loop holds two states and no more.
+    for one step, else triton on a CUDA GPU up to n = 256, else chunked. keep, a number from 1 or one a row (b,): h_last
+    is the state after so many steps; without triton by the loop, for what reads ahead is short, and the loop holds two
+    states and no more.
     """
     (b, l, d), n = x.shape, A.shape[1]
     for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
@@ -578,7 +579,7 @@ class _SelectiveChunked(torch.autograd.Function):
             _, hs, h = _states(dt[:, s], A, u[:, s], B[:, s], start, buffers)
             y[:, s] = (C[:, s, None] @ hs).squeeze(2)
         ctx.save_for_backward(x, dt, A, B, C, starts)
-        return y, h.transpose(1, 2).contiguous()
+        return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -648,8 +649,8 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
 
     x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
     D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep, a number or one a row
-    (b,): h_last is the state after so many steps; always by the quadratic form, for what reads ahead is short.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep, a number from 1 or
+    one a row (b,): h_last is the state after so many steps; always by the quadratic form, for what reads ahead is short.
     """
     (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
     for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
@@ -697,7 +698,9 @@ def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
     L, e = _decays(c, x.dtype), c.to(x.dtype).exp()
     y = _ssd_attend(u, L, e, B, C, h0).transpose(1, 2)
     if isinstance(keep, torch.Tensor):
-        return y, _ssd_quadratic(x, _cut(dt, keep), A, B.transpose(1, 2), C.transpose(1, 2), h0)[1]
+        dt = _cut(dt, keep)
+        c, u = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2)
+        return y, _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), c[..., -1].to(x.dtype).exp(), B, h0)
     end = x.shape[1] if keep is None else keep
     return y, _ssd_last_state(u[:, :, :end], L[:, :, end - 1, :end], e[:, :, end - 1], B[:, :, :end], h0)
 
@@ -718,7 +721,7 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _ssd_attend(u, L, e, B, C, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
     if whole == l:
-        return y, h[:, -1]
+        return y, h[:, -1].clone()  # a view would keep the states of all chunks
     y_tail, h_last = _ssd_quadratic(x_tail, dt_tail, A, B_tail, C_tail, h[:, -1])
     return torch.cat([y, y_tail], dim=1), h_last
 
@@ -1145,7 +1148,7 @@ class _SelectiveTriton(torch.autograd.Function):
         inputs = [t.contiguous() for t in (x, dt, A.mT * LOG2E, B, C, D)]
         y, kept = _selective_forward(*inputs, h0.mT.contiguous())
         ctx.save_for_backward(*inputs, kept)
-        return y, kept[:, -1].mT.contiguous()
+        return y, kept[:, -1].mT.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -1190,10 +1193,11 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, taps, bias):
-        ctx.dtypes, wide, y = (taps.dtype, bias.dtype), _wide_dtype(x, taps, bias), torch.promote_types(x.dtype, taps.dtype)
+        ctx.dtypes, dtype = (taps.dtype, bias.dtype), torch.promote_types(x.dtype, taps.dtype)
+        wide = _wide_dtype(x, taps, bias)
         x, taps, bias = x.contiguous(), taps.to(wide).contiguous(), bias.to(wide).contiguous()
         ctx.save_for_backward(x, taps)
-        return _conv(x, taps, bias, x.shape[1] - len(taps) + 1, 0, y)
+        return _conv(x, taps, bias, x.shape[1] - len(taps) + 1, 0, dtype)
 
     @staticmethod
     @once_differentiable

@@ -1125,6 +1125,25 @@ def time_rollbacks(model, prompt, k=8, accepted=4):
     return rows
 
 
+def time_compiled(model, prompts, count):
+    """Plain writing with --compile beside plain writing, temperature 1; no row where there is no compiler."""
+    began = time.perf_counter()
+    try:
+        step = compile_step(model, prompts[0][:, :1])
+    except ConfigError as e:
+        print(e)
+        return []
+    row = {"table": "compiled", "compiling_seconds": time.perf_counter() - began}
+    for name, f in (("ms_per_byte", step), ("plain_ms_per_byte", None)):
+        began = time.perf_counter()
+        for prompt in prompts:
+            list(generate(model, prompt, count, filter_logits, torch.Generator().manual_seed(0), f))
+        row[name] = 1e3 * (time.perf_counter() - began) / (count * len(prompts))
+    print(f"plain, compiled in {row['compiling_seconds']:.0f} s: {row['ms_per_byte']:.2f} ms a byte, "
+          f"eager {row['plain_ms_per_byte']:.2f}")
+    return [row]
+
+
 def bench_speculate(c):
     """Bytes per call of the target, and time against plain writing, by drafter, guesses, temperature and rule."""
     keep_memory()
@@ -1158,7 +1177,7 @@ def bench_speculate(c):
         print(f"{row['path']:10}{row['k']:3}{row['temperature']:7}  {other:12}{row['bytes_per_call']:11.2f}"
               f"{row['guessed_per_call']:9.2f}{row['ms_per_byte']:9.2f}{row['plain_ms_per_byte']:8.2f}"
               f"{row['speedup']:7.2f}", flush=True)
-    return rows + time_rollbacks(target, prompts[0])
+    return rows + time_rollbacks(target, prompts[0]) + time_compiled(target, prompts, count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

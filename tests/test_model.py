@@ -220,7 +220,7 @@ def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
 def test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory():
     """A state that is kept after a long prompt is k - 1 rows, not a view into all of them."""
     b, l, d, k = 2, 97, 5, 4
-    for keep in (None, torch.tensor([3, 97])):
+    for keep in (None, 3, torch.tensor([3, 97])):
         _, tail = causal_conv(torch.randn(b, l, d), torch.randn(d, 1, k), None, None, keep)
         assert tail.untyped_storage().nbytes() == b * (k - 1) * d * tail.element_size()
 

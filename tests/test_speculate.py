@@ -354,6 +354,23 @@ def test_looking_ahead_makes_no_tensor_of_all_states(kind):
     assert one <= largest[0] < 12 * one / 2 and all(layer.h.numel() == one for layer in state)
 
 
+def test_what_cannot_be_kept_is_an_error():
+    for keep, part in ((0, "keep 0 is not from 1 to 5"), (6, "keep 6"), (-1, "keep -1")):
+        with pytest.raises(ValueError, match=part):
+            make("mamba2")(prompt(5), None, keep)
+    for kind in ("attention", "s4"):
+        with pytest.raises(ValueError, match="keep one number of positions for all rows"):
+            make(kind)(prompt(5, 2), None, torch.tensor([1, 2]))
+
+
+@every_kind
+def test_a_state_owns_no_more_than_it_shows(kind):
+    """After a prompt in whole chunks: a view would keep the whole prompt's keys, or the states of all its chunks."""
+    for layer in make(kind)(prompt(320))[1]:
+        for t in layer:
+            assert t.untyped_storage().nbytes() <= 2 * t.nbytes
+
+
 def test_forgetting_the_convolutions_tail_would_show():
     """The bug that hides in rollbacks: h restored, the last inputs of the convolution not."""
     model, text = make("mamba"), prompt(12)
@@ -561,6 +578,8 @@ def runs(tmp_path_factory):
     save(folder / "small" / "best.pt", make("mamba", 1, vocab=300).float())
     merges = learn_merges(b"the cat and the hat, " * 9, 9)
     save(folder / "words" / "best.pt", make("mamba2", 2, vocab=265).float(), merges=merges)
+    for name, data in (("read", "README.md"), ("moved", "no_such_corpus.txt")):
+        save(folder / name / "best.pt", make("mamba2").float(), flags={"data": data})
     return folder
 
 
@@ -574,8 +593,20 @@ def written(capsysbinary, *flags):
 def test_the_script_writes_the_same_greedy_text_with_a_drafter(kind, runs, capsysbinary):
     flags = ("--ckpt", runs / kind, "--bytes", 30, "--prompt", "ab", "--raw", "--temperature", 0, "--dtype", "float64")
     plain = written(capsysbinary, *flags)
-    for draft in (runs / "mamba", runs / "words", "ngram", "counts"):
+    for draft in (runs / "mamba", runs / "words", "ngram"):
         assert written(capsysbinary, *flags, "--draft", draft, "--k", 3) == plain
+
+
+def test_counts_of_the_corpus_that_the_checkpoint_names(runs, capsysbinary):
+    flags = ("--ckpt", runs / "read", "--bytes", 30, "--prompt", "ab", "--raw", "--temperature", 0)
+    assert written(capsysbinary, *flags, "--draft", "counts") == written(capsysbinary, *flags)
+
+
+def test_nobody_guesses_beyond_the_end():
+    model, stats = make("mamba2"), Stats()
+    list(speculate(model, prompt(3), 6, greedy, Guess(lambda t, k: [0] * k), 50, stats=stats))
+    assert [guessed + 1 + sum(a + 1 for _, a in stats.rounds[:i]) for i, (guessed, _) in enumerate(stats.rounds)] == \
+        [6] * len(stats.rounds)
 
 
 def test_a_seed_reproduces_a_speculated_text(runs, capsysbinary):
@@ -586,7 +617,9 @@ def test_a_seed_reproduces_a_speculated_text(runs, capsysbinary):
 
 @pytest.mark.parametrize("flags, parts", [
     ("--draft ngram --k 0", ["--k 0"]), ("--draft ngram --rule best", ["--rule best", "point_mass"]),
-    ("--draft ngram --rule top_beta --beta 0", ["--beta 0"]), ("--draft no_such_run", ["no_such_run"]),
+    ("--draft ngram --rule top_beta --beta 0", ["--beta 0"]), ("--draft no_such_run", ["no_such_run", "ngram, counts"]),
+    ("--draft counts", ["--draft counts", "does not say", "--draft ngram"]),
+    ("--draft counts --ckpt {}/moved", ["--draft counts", "moved was trained on", "no such file"]),
     ("--draft {}/small", ["vocabulary of 300", "256"]), ("--ckpt {}/words", ["--ckpt MODEL_OF_BYTES --draft"]),
     ("--draft {}/words --batch 2", ["words", "--batch 1"]), ("--draft ngram --compile", ["--compile"]),
     ("--draft ngram --to_boundary --batch 2", ["--to_boundary"]),
