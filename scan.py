@@ -822,7 +822,8 @@ def _kernel(*unaligned):
     """triton.jit, which without Triton is nothing; of the tiles named here a thread loads single numbers."""
     if triton is None:
         return lambda f: f
-    return triton.jit(do_not_specialize=["b", "l", "size", "width"], do_not_specialize_on_alignment=list(unaligned))
+    return triton.jit(do_not_specialize=["b", "l", "size", "width", "rows", "first"],
+                      do_not_specialize_on_alignment=list(unaligned))
 
 
 @_kernel()
