@@ -1210,7 +1210,7 @@ def draw(name, rows, x, y, xlabel, ylabel, yscale, xscale="log"):
         axes.set_ylim(bottom=0 if yscale == "linear" else None)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)  # beside the curves, not over them
     figure.savefig(ASSETS / name, metadata={"Date": None})
     plt.close(figure)
     print(f"wrote {ASSETS / name}")
