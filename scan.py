@@ -650,7 +650,7 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
     x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
     D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
     Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep, a number from 1 or
-    one a row (b,): h_last is the state after so many steps; always by the quadratic form, for what reads ahead is short.
+    one a row (b,): h_last is the state after so many steps; always by the quadratic form, as what reads ahead is short.
     """
     (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
     for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
