@@ -73,7 +73,7 @@ class Config:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not positive")
         if not self.layers:
             raise ConfigError("--n_layer 0: a model needs at least one layer")
-        kinds = {layer.removesuffix("+mlp") for layer in self.layers}
+        kinds = self.kinds
         if "attention" in kinds:
             _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
             _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
@@ -82,6 +82,11 @@ class Config:
                               f"try {self.d_state + 1}")
         if "mamba2" in kinds:
             _divides(self.d_model, "d_model", self.head_dim, "head_dim", factor=self.expand)
+
+    @property
+    def kinds(self):
+        """The mixers in use, a set of names."""
+        return {layer.removesuffix("+mlp") for layer in self.layers}
 
 
 def _divides(whole, whole_name, part, part_name, times=1, factor=1):
@@ -417,6 +422,7 @@ class MLP(nn.Module):
 
 
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
+KEEP_BY_ROW = {"mamba", "mamba2"}  # whose keep may be a tensor (b,)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
@@ -474,7 +480,7 @@ class LM(nn.Module):
     def check_keep(self, keep, l):
         """ValueError unless keep is a number from 1 to l, or a tensor where all layers are Mamba's."""
         if isinstance(keep, torch.Tensor):
-            if others := {layer.removesuffix("+mlp") for layer in self.config.layers} - {"mamba", "mamba2"}:
+            if others := self.config.kinds - KEEP_BY_ROW:
                 raise ValueError(f"layers of {', '.join(sorted(others))} keep one number of positions for all rows")
         elif not 1 <= keep <= l:
             raise ValueError(f"keep {keep} is not from 1 to {l}, the number of positions")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data.bpe import BPE
 from data.corpus import DataError, load_corpus
 from data.wordpiece import read_vocabulary
-from model import ConfigError, Encoder, load
+from model import KEEP_BY_ROW, ConfigError, Encoder, load
 from train import MASK, flag, parse, pick_device, pick_dtype, run_script
 
 PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the result
@@ -361,8 +361,7 @@ class NgramDrafter:
 
     def continuation(self, text, k):
         """Up to k bytes that followed the longest match, in the corpus or, if as long, earlier in the text."""
-        last = text[-8:][::-1].ljust(8, b"\0")
-        where = np.searchsorted(self.sorted, np.uint64(int.from_bytes(last, "big")), side="right")
+        where = np.searchsorted(self.sorted, key(text), side="right")
         length, guess = self.shortest - 1, b""
         for i in self.order[max(0, where - 1):where + 1]:
             n = common_suffix(self.corpus[max(0, i - 32):i], text[-32:])
@@ -399,10 +398,10 @@ class CountDrafter(NgramDrafter):
 
     def predict(self, last):
         """The law (256,) of the byte after the last ones."""
-        key, p = np.uint64(int.from_bytes(last[::-1].ljust(8, b"\0"), "big")), np.full(256, 1 / 256)
+        place, p = key(last), np.full(256, 1 / 256)
         further = np.array([2 ** (64 - 8 * n) - 1 for n in (2, 4, 8) if n <= len(last)], np.uint64)  # not in the n
-        first = np.searchsorted(self.sorted, key & ~further)
-        stop = np.searchsorted(self.sorted, key | further, side="right")
+        first = np.searchsorted(self.sorted, place & ~further)
+        stop = np.searchsorted(self.sorted, place | further, side="right")
         for i, j in zip(first, stop):
             counts = np.bincount(self.following[i:j:(j - i) // 500 + 1], minlength=256)
             p = (counts + 20 * p) / (counts.sum() + 20)
@@ -410,6 +409,11 @@ class CountDrafter(NgramDrafter):
 
 
 WITHOUT_MODEL = {"ngram": NgramDrafter, "counts": CountDrafter}
+
+
+def key(text):
+    """The last 8 bytes as a number, the nearest highest: texts sort by their suffixes."""
+    return np.uint64(int.from_bytes(text[-8:][::-1].ljust(8, b"\0"), "big"))
 
 
 def common_suffix(a, b):
@@ -653,8 +657,8 @@ def run(argv):
 
 def check_rows(path, model, batch):
     """ConfigError if a state of the model cannot keep a different number of bytes in each row."""
-    kinds = {layer.removesuffix("+mlp") for layer in model.config.layers}
-    if batch > 1 and not kinds <= {"mamba", "mamba2"}:
+    kinds = model.config.kinds
+    if batch > 1 and not kinds <= KEEP_BY_ROW:
         raise ConfigError(f"--batch {batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
                           f"different numbers of bytes; {path} has {', '.join(sorted(kinds))}; use --batch 1")
 

@@ -694,13 +694,12 @@ def _log_decays(dt, A):
 
 def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
     """Masked attention over the whole length."""
-    c, u, B, C = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    L, e = _decays(c, x.dtype), c.to(x.dtype).exp()
+    u, c, L, e, B, C = _heads_first(x, dt, A, B, C)
     y = _ssd_attend(u, L, e, B, C, h0).transpose(1, 2)
     if isinstance(keep, torch.Tensor):
         dt = _cut(dt, keep)
         c, u = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2)
-        return y, _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), c[..., -1].to(x.dtype).exp(), B, h0)
+        return y, _ssd_last_state(u, _decays_to_end(c, x.dtype), c[..., -1].to(x.dtype).exp(), B, h0)
     end = x.shape[1] if keep is None else keep
     return y, _ssd_last_state(u[:, :, :end], L[:, :, end - 1, :end], e[:, :, end - 1], B[:, :, :end], h0)
 
@@ -714,9 +713,8 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     whole = l // size * size
     x_tail, dt_tail, B_tail, C_tail = (t[:, whole:] for t in (x, dt, B, C))
     x, dt, B, C = (t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in (x, dt, B, C))  # (b chunks, size, ...)
-    c, u, B, C = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    L, e = _decays(c, x.dtype), c.to(x.dtype).exp()
-    ends = _ssd_last_state(u, (c[..., -1:] - c).to(x.dtype).exp(), None, B, None)
+    u, c, L, e, B, C = _heads_first(x, dt, A, B, C)
+    ends = _ssd_last_state(u, _decays_to_end(c, x.dtype), None, B, None)
     h = scan(e[..., -1].unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _ssd_attend(u, L, e, B, C, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
@@ -726,7 +724,17 @@ def _ssd_chunked(x, dt, A, B, C, h0, size=32):
     return torch.cat([y, y_tail], dim=1), h_last
 
 
-# Heads come first from here on: u = dt x (b, nh, l, p) · B, C (b, g, l, n) · L (b, nh, l, l) · e = exp(c) (b, nh, l)
+def _heads_first(x, dt, A, B, C):
+    """What attention and last states are made of: u = dt x (b, nh, l, p) · c (b, nh, l) · L (b, nh, l, l) · e = exp(c)
+    (b, nh, l) · B, C (b, g, l, n)."""
+    c = _log_decays(dt, A)
+    return ((dt[..., None] * x).transpose(1, 2), c, _decays(c, x.dtype), c.to(x.dtype).exp(), B.transpose(1, 2),
+            C.transpose(1, 2))
+
+
+def _decays_to_end(c, dtype):
+    """exp(c_l - c_j) for every j: L's last row, for where a gradient into all of L would cost more than these l."""
+    return (c[..., -1:] - c).to(dtype).exp()
 
 
 def _ssd_attend(u, L, e, B, C, h0):
