@@ -37,9 +37,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data.corpus import load_corpus, load_tokens
-from model import LM, CheckpointError, ConfigError, inverse_softplus, load
+from data.files import UserError
+from model import LM, inverse_softplus, load
 from train import (RunFlags, check, evaluate, fit, flag, join_processes, open_run, parse, pick_device, pick_dtype,
-                   run_script)
+                   script)
 
 
 @dataclass
@@ -79,7 +80,7 @@ def student_config(c, layer, share):
              "mamba": {"expand": 1, "d_state": 16}}[layer]
     wrong = ", ".join(f"{name} {getattr(c, name)}, not {n}" for name, n in shape.items() if getattr(c, name) != n)
     if wrong and not all(name.startswith("attention") for name in c.layers):
-        raise ConfigError(f"--layer {layer}: the state-space layers that are there already have {wrong}; "
+        raise UserError(f"--layer {layer}: the state-space layers that are there already have {wrong}; "
                           "take the --layer they were made with")
     layers = [name if keeps_attention(i, share) else name.replace("attention", layer)
               for i, name in enumerate(c.layers)]
@@ -276,18 +277,18 @@ def check_distillation(c):
     for name, known in (("layer", ("mamba2", "mamba")), ("init", ("attention", "random", "scratch")),
                         ("stage", ("align", "mixers", "all"))):
         if getattr(c, name) not in known:
-            raise ConfigError(f"--{name} {getattr(c, name)} is not one of {', '.join(known)}")
+            raise UserError(f"--{name} {getattr(c, name)} is not one of {', '.join(known)}")
     if not 0 <= c.keep_attention <= 1:
-        raise ConfigError(f"--keep_attention {c.keep_attention} is not in [0, 1]")
+        raise UserError(f"--keep_attention {c.keep_attention} is not in [0, 1]")
     if not (min(c.kl, c.reverse_kl, c.ce) >= 0 and 0 < c.kl + c.reverse_kl + c.ce < math.inf):
-        raise ConfigError(f"--kl {c.kl} --reverse_kl {c.reverse_kl} --ce {c.ce}: weights are 0 or more, and not all 0")
+        raise UserError(f"--kl {c.kl} --reverse_kl {c.reverse_kl} --ce {c.ce}: weights are 0 or more, and not all 0")
 
 
 def load_causal(name, path, device, dtype):
     """The LM that the flag --name gives, to read from and not to train."""
     model, _ = load(path, device)
     if not isinstance(model, LM):
-        raise CheckpointError(f"--{name} {path} holds a {type(model).__name__}, expected a causal LM")
+        raise UserError(f"--{name} {path} holds a {type(model).__name__}, expected a causal LM")
     return model.to(dtype).requires_grad_(False)
 
 
@@ -295,7 +296,7 @@ def load_teacher(path, device, dtype):
     teacher = load_causal("teacher", path, device, dtype)
     kinds = ", ".join(sorted(set(teacher.config.layers)))
     if "attention" not in kinds:
-        raise CheckpointError(f"--teacher {path} has no attention layer but {kinds}; "
+        raise UserError(f"--teacher {path} has no attention layer but {kinds}; "
                               "train one: python train.py --layer attention --out out/attention")
     return teacher
 
@@ -306,7 +307,7 @@ def load_source(path, teacher, device, dtype):
     ours, theirs = ({"n_layer": len(m.layers), **vars(m.config)} for m in (source, teacher))
     for name in ("n_layer", "vocab", "d_model", "n_head"):
         if ours[name] != theirs[name]:
-            raise CheckpointError(f"--student {path} has {name} {ours[name]}, the teacher {theirs[name]}")
+            raise UserError(f"--student {path} has {name} {ours[name]}, the teacher {theirs[name]}")
     return source
 
 
@@ -315,14 +316,15 @@ def load_text(name, vocab):
     return load_corpus(name) if vocab == 256 else load_tokens(name, vocab)
 
 
-def run(argv):
+@script
+def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
     c, resumed = open_run(c, given, LIFELONG)
     check(c)
     check_distillation(c)
     where = rank, world, device = join_processes(pick_device(c.device))
     if c.stage == "align" and world > 1:
-        raise ConfigError("--stage align runs in one process; start it without torchrun")
+        raise UserError("--stage align runs in one process; start it without torchrun")
     dtype, _ = pick_dtype(c.dtype, device)
     teacher = load_teacher(c.teacher, device, dtype)
     corpus = load_text(c.data, teacher.config.vocab)
@@ -334,7 +336,7 @@ def run(argv):
     student, extra = resumed or (make_student(source, c.layer, c.keep_attention, c.init), {})
     mixers = replaced(student, teacher)
     if c.stage != "all" and not mixers:
-        raise ConfigError(f"--stage {c.stage} trains new mixers, and --keep_attention {c.keep_attention} leaves none")
+        raise UserError(f"--stage {c.stage} trains new mixers, and --keep_attention {c.keep_attention} leaves none")
     freeze(student, c.stage, mixers)
     if rank == 0 and not resumed:
         show(c, teacher, student, replaced(student, source), corpus)
@@ -352,10 +354,6 @@ def show(c, teacher, student, new, corpus):
     t, s = (evaluate(model, glance, c.seq_len, c.batch_size)[0] for model in (teacher, student))
     teacher.eval()
     print(f"beginning   teacher {t:.4f}, student {s:.4f} bits per byte of the first {len(glance):,} to validate")
-
-
-def main(argv=None):
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
 later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1)
 are one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable
-is the rollback. y, state = layer(x, state, keep) returns the state after the first keep positions instead, and y for
-all: what reads ahead, as speculative sampling does, keeps only what came true. keep is a number from 1 to l, or in
+is the rollback. y, state = layer(x, state, upto) returns the state after the first keep positions instead, and y for
+all: what reads ahead, as speculative sampling does, keeps only what came true. upto is a number from 1 to l, or in
 Mamba's layers a tensor (b,), from 0 to l for each row. Only the encoder's layers, which see both sides of every
 position, have no state.
 """
@@ -18,14 +18,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.checkpoints import FILES, FORMAT, CheckpointError, find, misfits, read, read_file, write
-from data.corpus import whole_file
+from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
+from data.files import UserError, whole_file
 from scan import (dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd, takes_triton,
                   triton_conv)
 
 
-class ConfigError(ValueError):
-    """A size or a flag that cannot be; the message is one line for the user."""
+MASK = 256  # the token that stands for a masked byte
 
 
 @dataclasses.dataclass
@@ -53,6 +52,7 @@ class Config:
     norm_eps: float = 1e-5
     bias: bool = False    # Mamba, Mamba-2: of the projections in and out; no released model has them
     conv_bias: bool = True
+    merges: tuple = ()    # of byte pairs, where the tokens are words (data/bpe.py)
     tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
     gelu: str = "tanh"    # encoder's blocks: BiGS's were trained with the tanh form; none is the exact one, the head's
@@ -61,24 +61,25 @@ class Config:
 
     def __post_init__(self):
         self.layers, self.rope_scaling = tuple(self.layers), tuple(self.rope_scaling)
+        self.merges = tuple(map(tuple, self.merges))
         if self.block and self.block not in BLOCKS:
-            raise ConfigError(f"--block {self.block} is not one of {', '.join(BLOCKS)}")
+            raise UserError(f"--block {self.block} is not one of {', '.join(BLOCKS)}")
         mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
             if (layer if self.block else layer.removesuffix("+mlp")) not in mixers:
-                raise ConfigError(f'layer "{layer}" is not one of {", ".join(mixers)}'
+                raise UserError(f'layer "{layer}" is not one of {", ".join(mixers)}'
                                   + " for an encoder" * bool(self.block))
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head", "n_kv_head"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} is not positive")
+                raise UserError(f"--{name} {getattr(self, name)} is not positive")
         if not self.layers:
-            raise ConfigError("--n_layer 0: a model needs at least one layer")
+            raise UserError("--n_layer 0: a model needs at least one layer")
         kinds = self.kinds
         if "attention" in kinds:
             _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
             _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
         if kinds & {"s4", "s4d"} and self.d_state % 2:
-            raise ConfigError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; "
+            raise UserError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; "
                               f"try {self.d_state + 1}")
         if "mamba2" in kinds:
             _divides(self.d_model, "d_model", self.head_dim, "head_dim", factor=self.expand)
@@ -96,7 +97,7 @@ def _divides(whole, whole_name, part, part_name, times=1, factor=1):
         low = max(whole // unit, 1) * unit
         product = f" times {factor}" if factor > 1 else ""
         also = " into even sizes" if times > 1 else ""
-        raise ConfigError(f"--{whole_name} {whole}{product} is not divisible by --{part_name} {part}{also}; "
+        raise UserError(f"--{whole_name} {whole}{product} is not divisible by --{part_name} {part}{also}; "
                           f"try --{whole_name} {low} or {low + unit}")
 
 
@@ -153,11 +154,11 @@ class S4D(nn.Module):
         A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
         return s4d(x, torch.exp(self.log_dt), A, 1.0, 2 * torch.view_as_complex(self.C), self.D, h)
 
-    def forward(self, x, state=None, keep=None):
+    def forward(self, x, state=None, upto=None):
         before, = state or (None,)
         y, h = self.systems(x, before)
-        if keep is not None:  # for all rows: with steps of their own they would be at different powers of Abar
-            h = self.systems(x[:, :keep], before)[1]
+        if upto is not None:  # for all rows: with steps of their own they would be at different powers of Abar
+            h = self.systems(x[:, :upto], before)[1]
         return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
 
 
@@ -219,11 +220,11 @@ class _CausalConv(torch.autograd.Function):
         return dseen, dtaps, dy.sum((0, 1))
 
 
-def causal_conv(x, weight, bias, tail, keep=None):
+def causal_conv(x, weight, bias, tail, upto=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
     x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is 0.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position keep, or l.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position upto, or l.
     """
     (b, l, d), k = x.shape, weight.shape[2]
     if tail is None:
@@ -231,10 +232,10 @@ def causal_conv(x, weight, bias, tail, keep=None):
     if bias is None:
         bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    if isinstance(keep, torch.Tensor):
-        tail = seen.gather(1, (keep[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
+    if isinstance(upto, torch.Tensor):
+        tail = seen.gather(1, (upto[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
     else:
-        end = l if keep is None else keep
+        end = l if upto is None else upto
         tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
     taps = weight[:, 0].T
     if takes_triton("auto", seen):
@@ -282,15 +283,15 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(init_dt_bias(d))
 
-    def forward(self, x, state=None, keep=None):
+    def forward(self, x, state=None, upto=None):
         n = self.A_log.shape[1]
         conv, h = state or (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, upto)
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_proj.in_features, n, n], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
-        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h, keep=keep)
+        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h, keep=upto)
         return self.out_proj(y * F.silu(z)), MambaState(conv, h)
 
 
@@ -314,15 +315,15 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
         self.out_proj = Linear(d, c.d_model, bias=c.bias)
 
-    def forward(self, x, state=None, keep=None):
+    def forward(self, x, state=None, upto=None):
         conv, h = state or (None, None)
         z, u, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, keep)
+        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, upto)
         d, gn = self.sizes[0], self.groups * self.n
         u, B, C = F.silu(u).split([d, gn, gn], dim=-1)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
         y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
-                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h, keep=keep)
+                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h, keep=upto)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
         return self.out_proj(y), MambaState(conv, h)
@@ -369,7 +370,7 @@ class Attention(nn.Module):
 
     Its state is the cache of keys and values. With a window w every position sees itself and the w - 1 before it, so a
     cache of w - 1 is exact: constant memory here too, at the price of a model that cannot look further back.
-    keep is one number: rows that keep different numbers of positions would need caches of different lengths.
+    upto is one number: rows that keep different numbers of positions would need caches of different lengths.
     """
 
     def __init__(self, c):
@@ -381,7 +382,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.d_model, self.kv_heads * self.size, bias=False)
         self.o_proj = Linear(self.heads * self.size, c.d_model, bias=False)
 
-    def forward(self, x, state=None, keep=None):
+    def forward(self, x, state=None, upto=None):
         l = x.shape[1]
         position = x.new_zeros((), dtype=torch.long) if state is None else state.position
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, *self.rope)
@@ -389,7 +390,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        passed = l if keep is None else keep
+        passed = l if upto is None else upto
         end = k.shape[1] - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
         cache = (t[:, first:end] for t in (k, v))
@@ -438,8 +439,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if layer.endswith("+mlp") else (None, None)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, state=None, keep=None):
-        y, state = self.mixer(self.norm(x), state, keep)
+    def forward(self, x, state=None, upto=None):
+        y, state = self.mixer(self.norm(x), state, upto)
         x = x + self.dropout(y)
         if self.mlp is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -468,22 +469,22 @@ class LM(nn.Module):
                 if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
                     p /= math.sqrt(len(c.layers))
 
-    def forward(self, tokens, state=None, keep=None):
-        if keep is not None:
-            self.check_keep(keep, tokens.shape[1])
+    def forward(self, tokens, state=None, upto=None):
+        if upto is not None:
+            self.check_keep(upto, tokens.shape[1])
         x, states = self.embedding(tokens), []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
-            x, s = layer(x, s, keep)
+            x, s = layer(x, s, upto)
             states.append(s)
         return self.lm_head(self.norm_f(x)), tuple(states)
 
-    def check_keep(self, keep, l):
-        """ValueError unless keep is a number from 1 to l, or a tensor where all layers are Mamba's."""
-        if isinstance(keep, torch.Tensor):
+    def check_keep(self, upto, l):
+        """ValueError unless upto is a number from 1 to l, or a tensor where all layers are Mamba's."""
+        if isinstance(upto, torch.Tensor):
             if others := self.config.kinds - KEEP_BY_ROW:
                 raise ValueError(f"layers of {', '.join(sorted(others))} keep one number of positions for all rows")
-        elif not 1 <= keep <= l:
-            raise ValueError(f"keep {keep} is not from 1 to {l}, the number of positions")
+        elif not 1 <= upto <= l:
+            raise ValueError(f"upto {upto} is not from 1 to {l}, the number of positions")
 
     @property
     def recurrent(self):
@@ -658,7 +659,7 @@ def save(path, model, layout="own", **extra):
             torch.save({"format": FORMAT, "torch": str(torch.__version__), "config": dataclasses.asdict(model.config),
                         "model": model.state_dict(), **extra}, file)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; "
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; "
                               "the file there before is untouched") from e
 
 
@@ -672,12 +673,12 @@ def load(path, device="cpu"):
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()] or [find(path)]
         if not found[0]:
-            raise CheckpointError(f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
+            raise UserError(f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
                                   f"train one: python train.py --out {path}")
         path = found[0]
     elif not path.exists():
         folder = path.parent if path.suffix == ".pt" else path
-        raise CheckpointError(f"no checkpoint at {path}; train one: python train.py --out {folder}")
+        raise UserError(f"no checkpoint at {path}; train one: python train.py --out {folder}")
     extra, layout = read_file(path), None
     if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)
@@ -690,7 +691,7 @@ def load(path, device="cpu"):
             raise ValueError(wrong)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
+        raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
     if model.config.tie:
         model.embedding.weight = model.lm_head.weight
     return model.to(device).eval(), extra

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.bpe import BPE
-from data.corpus import DataError, load_corpus
+from data.corpus import load_corpus
+from data.files import UserError
 from data.wordpiece import read_vocabulary
-from model import KEEP_BY_ROW, ConfigError, Encoder, load
-from train import MASK, flag, parse, pick_device, pick_dtype, run_script
+from model import KEEP_BY_ROW, MASK, Encoder, load
+from train import flag, parse, pick_device, pick_dtype, script
 
 PREFILL = 2048  # bytes of the prompt read at a time: bounds the memory, not the result
 
@@ -126,14 +127,14 @@ def unmask(model, tokens, steps, law, generator=None, likeliest=False):
 
 @torch.inference_mode()
 def compile_step(model, token):
-    """The model compiled for one token at a time; ConfigError where there is no compiler for it."""
+    """The model compiled for one token at a time; UserError where there is no compiler for it."""
     print("compiling", file=sys.stderr)
     step = torch.compile(model)
     try:
         token = token.clone(memory_format=torch.contiguous_format)  # as every byte drawn will be, or it compiles again
         step(token, model(token)[1])
     except Exception as e:  # torch has a class of its own for every compiler that may be missing
-        raise ConfigError(f"--compile does not work here ({str(e).strip().splitlines()[0]}); run without it") from e
+        raise UserError(f"--compile does not work here ({str(e).strip().splitlines()[0]}); run without it") from e
     return step
 
 
@@ -512,7 +513,7 @@ class Writer:
 def read_prompt(c):
     """The prompt's bytes, from --prompt, a file or standard input."""
     if c.prompt and c.prompt_file:
-        raise ConfigError("--prompt and --prompt_file exclude each other; give one")
+        raise UserError("--prompt and --prompt_file exclude each other; give one")
     if not c.prompt_file:
         return c.prompt.encode("utf-8", "surrogateescape")
     try:
@@ -521,7 +522,7 @@ def read_prompt(c):
         with open(c.prompt_file, "rb") as f:
             return f.read()
     except OSError as e:
-        raise ConfigError(f"--prompt_file {c.prompt_file} cannot be read: {e.strerror}") from e
+        raise UserError(f"--prompt_file {c.prompt_file} cannot be read: {e.strerror}") from e
 
 
 def read_holes(c):
@@ -540,12 +541,12 @@ def fill_words(model, words, text, cast, most=5):
     pad, mask = words.ids["[PAD]"], words.ids["[MASK]"]
     longest = model.config.n_position or len(ids)
     if len(words.pieces) != model.config.vocab:
-        raise ConfigError(f"vocab.txt has {len(words.pieces):,} pieces, the model {model.config.vocab:,}; "
+        raise UserError(f"vocab.txt has {len(words.pieces):,} pieces, the model {model.config.vocab:,}; "
                           "take the one that was published with it")
     if mask not in ids:
-        raise ConfigError("--fill has no hole; write ____ where a word is missing")
+        raise UserError("--fill has no hole; write ____ where a word is missing")
     if len(ids) > longest:
-        raise ConfigError(f"--fill is {len(ids)} tokens, the model reads at most {longest}; shorten it")
+        raise UserError(f"--fill is {len(ids)} tokens, the model reads at most {longest}; shorten it")
     tokens = torch.tensor([ids + [pad] * (longest - len(ids))], device=next(model.parameters()).device)
     with cast:
         law = torch.softmax(model(tokens)[0][0].float(), -1)  # (l, v)
@@ -568,7 +569,7 @@ def encode(prompt, vocab, crlf):
     except ValueError:
         ids = []
     if not ids or not 0 <= min(ids) <= max(ids) < vocab:
-        raise ConfigError("the model reads tokens, not bytes: "
+        raise UserError("the model reads tokens, not bytes: "
                           f"--prompt takes their ids, from 0 to {vocab - 1}, and spaces")
     return ids
 
@@ -582,30 +583,31 @@ def decode(tokens, vocab, crlf):
 
 def check(c):
     if c.fill and (c.prompt or c.prompt_file):
-        raise ConfigError("--fill and --prompt exclude each other; "
+        raise UserError("--fill and --prompt exclude each other; "
                           "what is known stands in --fill, before and after the holes")
     if c.steps < 0:
-        raise ConfigError(f"--steps {c.steps} is not a number from 0 up")
+        raise UserError(f"--steps {c.steps} is not a number from 0 up")
     for name in ("bytes", "batch"):
         if getattr(c, name) < 1:
-            raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
+            raise UserError(f"--{name} {getattr(c, name)} is not positive")
     if not 0 <= c.temperature < float("inf"):
-        raise ConfigError(f"--temperature {c.temperature} is not a number from 0 up")
+        raise UserError(f"--temperature {c.temperature} is not a number from 0 up")
     if not -2**63 <= c.seed < 2**63:
-        raise ConfigError(f"--seed {c.seed} does not fit in 64 bits")
+        raise UserError(f"--seed {c.seed} does not fit in 64 bits")
     if c.k < 1 or c.beta < 1:
-        raise ConfigError(f"--k {c.k} and --beta {c.beta} must be 1 or more")
+        raise UserError(f"--k {c.k} and --beta {c.beta} must be 1 or more")
     if c.draft and (c.compile or c.fill):
-        raise ConfigError(f"--draft and --{'compile' if c.compile else 'fill'} exclude each other")
+        raise UserError(f"--draft and --{'compile' if c.compile else 'fill'} exclude each other")
     if c.to_boundary and c.batch > 1:
-        raise ConfigError(f"--to_boundary takes --batch 1, not {c.batch}")
+        raise UserError(f"--to_boundary takes --batch 1, not {c.batch}")
     if c.rule not in RULES:
-        raise ConfigError(f"--rule {c.rule} is not one of {', '.join(RULES)}")
+        raise UserError(f"--rule {c.rule} is not one of {', '.join(RULES)}")
     if c.top_k < 0 or not 0 < c.top_p <= 1:
-        raise ConfigError(f"--top_k {c.top_k} must be 0 or more, --top_p {c.top_p} in (0, 1]")
+        raise UserError(f"--top_k {c.top_k} must be 0 or more, --top_p {c.top_p} in (0, 1]")
 
 
-def run(argv):
+@script
+def main(argv):
     c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
     check(c)
     device = pick_device(c.device)
@@ -613,14 +615,14 @@ def run(argv):
     model, extra = load(c.ckpt, device)
     model.to(dtype)
     if isinstance(model, Encoder) != bool(c.fill):
-        raise ConfigError(f"{c.ckpt} is a causal model, which cannot fill holes; leave --fill out" if c.fill else
+        raise UserError(f"{c.ckpt} is a causal model, which cannot fill holes; leave --fill out" if c.fill else
                           f"{c.ckpt} is an encoder, which fills holes; "
                           "give it --fill TEXT with an underscore for each byte")
     if c.fill and extra.get("layout") == "bigs":
         folder = Path(c.ckpt) if Path(c.ckpt).is_dir() else Path(c.ckpt).parent
         return fill_words(model, read_vocabulary(folder / "vocab.txt"), c.fill, cast)
     if extra.get("merges"):
-        raise ConfigError(f"--ckpt {c.ckpt} reads words, so it can only draft: --ckpt MODEL_OF_BYTES --draft {c.ckpt}")
+        raise UserError(f"--ckpt {c.ckpt} reads words, so it can only draft: --ckpt MODEL_OF_BYTES --draft {c.ckpt}")
     began = time.perf_counter()
     drafter = make_drafter(c, model, extra, device, dtype) if c.draft else None
     if c.draft and c.stats:
@@ -656,10 +658,10 @@ def run(argv):
 
 
 def check_rows(path, model, batch):
-    """ConfigError if a state of the model cannot keep a different number of bytes in each row."""
+    """UserError if a state of the model cannot keep a different number of bytes in each row."""
     kinds = model.config.kinds
     if batch > 1 and not kinds <= KEEP_BY_ROW:
-        raise ConfigError(f"--batch {batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
+        raise UserError(f"--batch {batch} with --draft needs layers of mamba or mamba2, whose rows may keep "
                           f"different numbers of bytes; {path} has {', '.join(sorted(kinds))}; use --batch 1")
 
 
@@ -667,26 +669,26 @@ def make_drafter(c, model, extra, device, dtype):
     """What --draft names: a checkpoint, or ngram or counts, over the corpus that the model was trained on."""
     check_rows(c.ckpt, model, c.batch)
     if c.draft not in WITHOUT_MODEL and not Path(c.draft).exists():
-        raise ConfigError(f"--draft {c.draft}: no such checkpoint; without one there are {', '.join(WITHOUT_MODEL)}")
+        raise UserError(f"--draft {c.draft}: no such checkpoint; without one there are {', '.join(WITHOUT_MODEL)}")
     drafter, own = (None, {}) if c.draft in WITHOUT_MODEL else load(c.draft, device)
     if model.config.vocab > 256 and (drafter is None or own.get("merges")):
-        raise ConfigError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens, "
+        raise UserError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens, "
                           "so draft with a model of the same tokens")
     if drafter is None:
         name = extra.get("flags", {}).get("data")
         if not name and c.draft == "counts":
-            raise ConfigError(f"--draft counts: {c.ckpt} does not say what it was trained on; try --draft ngram")
+            raise UserError(f"--draft counts: {c.ckpt} does not say what it was trained on; try --draft ngram")
         try:
             return WITHOUT_MODEL[c.draft](load_corpus(name).train if name else b"")
-        except DataError as e:
-            raise ConfigError(f"--draft {c.draft} reads what {c.ckpt} was trained on: {e}") from e
+        except UserError as e:
+            raise UserError(f"--draft {c.draft} reads what {c.ckpt} was trained on: {e}") from e
     drafter.to(dtype)
     if own.get("merges"):
         if c.batch > 1:
-            raise ConfigError(f"--batch {c.batch}: {c.draft} drafts words, which takes --batch 1")
+            raise UserError(f"--batch {c.batch}: {c.draft} drafts words, which takes --batch 1")
         return SubwordDrafter(drafter, BPE(own["merges"]))
     if drafter.config.vocab != model.config.vocab:
-        raise ConfigError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab}, {c.ckpt} one of "
+        raise UserError(f"--draft {c.draft} has a vocabulary of {drafter.config.vocab}, {c.ckpt} one of "
                           f"{model.config.vocab}; they must be the same, or the drafter's made by train.py --bpe")
     check_rows(c.draft, drafter, c.batch)
     return ByteDrafter(drafter)
@@ -720,10 +722,6 @@ def write(stream, prompt, c, show=bytes):
     for i, text in enumerate(texts.tolist()):
         heading = b"" if c.raw else f"--- {i + 1} of {c.batch}\n".encode()
         Writer(out, c.raw).write(heading + prompt + show(text) + end, final=True)
-
-
-def main(argv=None):
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -27,46 +27,69 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.bpe import BPE, learn_merges
-from data.corpus import Corpus, DataError, compressed_bpb, load_corpus, windows
+from data.corpus import Corpus, compressed_bpb, load_corpus, windows
 from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
-from model import CheckpointError, Config, ConfigError, load, make_model, save
-
-USER_ERRORS = (ConfigError, CheckpointError, DataError)  # one line for the user, exit status 2
+from data.files import UserError
+from model import MASK, Config, load, make_model, save
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags: one dataclass a script, every field a flag
 
 
-def flag(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default, text, low=None, high=None, one_of=None):
+    """A field of a dataclass that is a command-line flag too; low and high, both included, bound a number."""
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "one_of": one_of})
+
+
+def check_flags(c):
+    """UserError unless every flag of the dataclass c has its type and a value within its bounds."""
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        low, high, one_of = f.metadata["low"], f.metadata["high"], f.metadata["one_of"]
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            raise UserError(f"--{f.name} {value!r} is not of type {f.type.__name__}")
+        if one_of and value not in one_of:
+            raise UserError(f"--{f.name} {value} is not one of {', '.join(filter(None, one_of))}")
+        if f.type not in (int, float):
+            continue
+        highest = high if high is not None else 2**63 - 1 if f.type is int else 1e30
+        if not (low is None or value >= low) or not -highest - 1 <= value <= highest:
+            bounds = f"from {low} to {high}" if high is not None else f"a number from {low} up"
+            raise UserError(f"--{f.name} {value} is not {bounds}")
 
 
 def parse(cls, argv, description):
     """The dataclass cls from the command line, each field a --flag of its name, type and default, and a dict of what
-    was given there. A bad flag is a ConfigError; -h prints and exits."""
+    was given there. A bad flag is a UserError; -h prints and exits."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(cls):
         text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
-        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-                {"type": f.type, "metavar": f.type.__name__})
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         p.add_argument("--" + f.name, help=text.replace("%", "%%"), **kind)
 
     def error(message):
-        raise ConfigError(f"{message}; -h lists the flags")
+        raise UserError(f"{message}; -h lists the flags")
 
     p.error = error
     given = vars(p.parse_args(argv))
-    return cls(**given), given
+    c = cls(**given)
+    check_flags(c)
+    return c, given
 
 
-def run_script(run, argv):
-    """run(argv) with the errors that are the user's to mend turned into one line and exit status 2."""
-    try:
-        return run(argv)
-    except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+def script(main):
+    """main(argv) with the errors that are the user's to mend turned into one line and exit status 2."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+    return run
 
 
 @dataclass
@@ -127,40 +150,40 @@ def check(c):
     """Values that no later step would refuse with a better message; distill.py has no flags for the model's shape."""
     for name in ("steps", "batch_size", "accumulate", "seq_len", "span", "d_model", "n_layer"):
         if getattr(c, name, 1) < 1:
-            raise ConfigError(f"--{name} {getattr(c, name)} is not positive")
+            raise UserError(f"--{name} {getattr(c, name)} is not positive")
     for name in ("minutes", "lr", "warmup", "weight_decay", "grad_clip", "d_state", "eval_every", "seed", "bpe"):
         if not 0 <= getattr(c, name, 0) < (2**63 if name == "seed" else math.inf):
-            raise ConfigError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
+            raise UserError(f"--{name} {getattr(c, name)} is not a number from 0 up" + " to 2^63" * (name == "seed"))
     if not 0 <= getattr(c, "dropout", 0) < 1:
-        raise ConfigError(f"--dropout {c.dropout} is not in [0, 1)")
+        raise UserError(f"--dropout {c.dropout} is not in [0, 1)")
     if c.objective not in OBJECTIVES:
-        raise ConfigError(f"--objective {c.objective} is not one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"--objective {c.objective} is not one of {', '.join(OBJECTIVES)}")
     if c.objective != "next" and c.data in TASKS:
-        raise ConfigError(f"--data {c.data} has its own targets; leave out --objective {c.objective}")
+        raise UserError(f"--data {c.data} has its own targets; leave out --objective {c.objective}")
     if c.objective == "next" and c.block:
-        raise ConfigError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
+        raise UserError(f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
     if c.objective != "next" and c.bpe:
-        raise ConfigError(f"--bpe {c.bpe} is for --objective next, not for {c.objective}")
+        raise UserError(f"--bpe {c.bpe} is for --objective next, not for {c.objective}")
     if c.data in TASKS and c.bpe:
-        raise ConfigError(f"--bpe {c.bpe} is for a text, not for --data {c.data}")
+        raise UserError(f"--bpe {c.bpe} is for a text, not for --data {c.data}")
     if c.objective != "mask" and c.span > 1:
-        raise ConfigError(f"--span {c.span} is for --objective mask, not for {c.objective}")
+        raise UserError(f"--span {c.span} is for --objective mask, not for {c.objective}")
 
 
 def reads_bytes(path, model, c, merges=()):
-    """ConfigError unless the checkpoint's model is one of bytes, or words, and of the kind that --objective trains."""
+    """UserError unless the checkpoint's model is one of bytes, or words, and of the kind that --objective trains."""
     if model.config.vocab > MASK + 1 and not merges:
-        raise ConfigError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; "
+        raise UserError(f"{path} reads tokens, {model.config.vocab:,} kinds of them; "
                           "only models of bytes are trained here")
     if bool(model.config.block) != (c.objective != "next"):
-        raise ConfigError(f"{path} is {'an encoder' if model.config.block else 'causal'}; "
+        raise UserError(f"{path} is {'an encoder' if model.config.block else 'causal'}; "
                           f"--objective {c.objective} is not for it")
 
 
 def start_from(c, given):
     """The model of --init, to be trained further: the flags of its sizes are not ours to choose."""
     if wrong := [name for name in (*MODEL_FLAGS, "dropout") if name in given and name != "objective"]:
-        raise ConfigError(f"--{wrong[0]} is fixed by the checkpoint of --init; leave it out")
+        raise UserError(f"--{wrong[0]} is fixed by the checkpoint of --init; leave it out")
     model = load(c.init)[0]
     reads_bytes(c.init, model, c)
     return model
@@ -193,9 +216,9 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from e
+        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from e
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ConfigError(f"--device {name} holds no numbers; try --device cpu")
+        raise UserError(f"--device {name} holds no numbers; try --device cpu")
     return device
 
 
@@ -204,7 +227,7 @@ def pick_dtype(name, device):
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     if name not in ("float32", "bfloat16", "float64"):
-        raise ConfigError(f"--dtype {name} is not one of auto, float32, bfloat16, float64")
+        raise UserError(f"--dtype {name} is not one of auto, float32, bfloat16, float64")
     cast = torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
     return torch.float64 if name == "float64" else torch.float32, cast
 
@@ -252,7 +275,6 @@ class Stop:
 # draws come from: they are a pure function of the seed and of `first`, the number of windows before these, so that a
 # resumed run and several processes draw the same. A window's loss is the mean over the targets it has.
 
-MASK = 256  # the token that stands for a masked byte
 TASK_WINDOWS = 512  # on which a task is scored
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -511,19 +533,19 @@ def open_run(c, given, fixed):
     last = folder / "last.pt"
     if not (c.resume and last.exists()) and any((folder / n).exists() for n in ("last.pt", "best.pt", "log.jsonl")):
         way_out = f"go on with it: --out {folder} --resume; or" if last.exists() else "it has no last.pt to go on from;"
-        raise ConfigError(f"{folder} holds a run; {way_out} choose another --out")
+        raise UserError(f"{folder} holds a run; {way_out} choose another --out")
     if not c.resume:
         return c, None
     model, extra = load(last)
     if "flags" not in extra:
-        raise CheckpointError(f"{last} holds a model but no run to resume")
+        raise UserError(f"{last} holds a model but no run to resume")
     if foreign := extra["flags"].keys() - vars(c).keys():
-        raise CheckpointError(f"{last} is another script's run: it has the flag --{min(foreign)}")
+        raise UserError(f"{last} is another script's run: it has the flag --{min(foreign)}")
     saved = type(c)(**extra["flags"])
     for name in fixed:
         if name in given and given[name] != (was := getattr(saved, name)):
             has = f"no --{name}" if was == "" else f"--{name} {was}, not {given[name]}"
-            raise ConfigError(f"--resume: the run in {folder} has {has}; leave the flag out or choose another --out")
+            raise UserError(f"--resume: the run in {folder} has {has}; leave the flag out or choose another --out")
     changed = [f"--{n} {v} (was {getattr(saved, n)})" for n, v in given.items()
                if n not in ("resume", "out") and getattr(saved, n) != v]
     if set(given) & {"steps", "minutes"} == {"steps"}:
@@ -544,7 +566,7 @@ def open_log(folder, step, validated):
                                 if figures["step"] <= (step if figures["val_bpb"] is None else validated)))
         return open(path, "a", buffering=1)
     except OSError as e:
-        raise ConfigError(f"--out {folder} cannot be written: {e}") from e
+        raise UserError(f"--out {folder} cannot be written: {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,7 +645,7 @@ class Run:
         kept = self.folder / "last.pt"
         way_out = (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr"
                    if kept.exists() else "nothing was saved before; try a lower --lr and another --out")
-        return ConfigError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}; {way_out}")
+        return UserError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}; {way_out}")
 
     def record(self, **figures):
         """One line of log.jsonl."""
@@ -646,12 +668,13 @@ class Run:
         return result
 
 
-def run(argv):
+@script
+def main(argv):
     c, given = parse(Flags, argv, "Train a byte language model. Without flags: a Mamba-2 on Python's standard library.")
     if c.eval_only:
         return eval_only(c, given)
     if c.noise:
-        raise ConfigError(f"--noise {c.noise} is for --eval_only")
+        raise UserError(f"--noise {c.noise} is for --eval_only")
     c, resumed = open_run(c, given, (*MODEL_FLAGS, "dropout", "init"))
     check(c)
     corpus = load_data(c.data)
@@ -669,7 +692,7 @@ def fit(c, where, model, extra, corpus, loss_of, script, merges=()):
     """
     rank, world, device = where
     if c.batch_size % (world * c.accumulate):
-        raise ConfigError(f"--batch_size {c.batch_size} is not divisible by "
+        raise UserError(f"--batch_size {c.batch_size} is not divisible by "
                           f"{world} processes * --accumulate {c.accumulate}")
     dtype, cast = pick_dtype(c.dtype, device)
     keep_memory()
@@ -774,10 +797,10 @@ def eval_only(c, given):
     dtype, cast = pick_dtype(c.dtype, device)
     corpus = load_data(c.data)
     if corpus.name in TASKS and c.noise:
-        raise ConfigError(f"--noise {c.noise} is for a text; leave it out with --data {corpus.name}")
+        raise UserError(f"--noise {c.noise} is for a text; leave it out with --data {corpus.name}")
     val = corrupt(corpus.val, c.noise) if c.noise else corpus.val
     if c.noise and not len(val):
-        raise ConfigError(f"--noise {c.noise} leaves no byte to validate")
+        raise UserError(f"--noise {c.noise} leaves no byte to validate")
     size = f"{TASK_WINDOWS} windows" if corpus.name in TASKS else f"{len(val):,} bytes"
     print(f"{c.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {size} of {corpus.name}"
           + f", {c.noise}" * bool(c.noise))
@@ -790,10 +813,6 @@ def eval_only(c, given):
               f"{word_perplexity(bpb * len(val), corpus.val):,.2f}")
         print("by position " + ", ".join(f"{a:,} to {b:,}: {bpb:.3f}" for a, b, bpb in by_position(nats)))
     return 0
-
-
-def main(argv=None):
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,18 @@ from collections import Counter, defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from data.corpus import DataError
+from data.files import UserError
 
 PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")  # every byte is in one, at most 25
 
 
 def learn_merges(data, count):
-    """count pairs of words, (int, int), the most frequent first: merge i makes word 256 + i. DataError if fewer exist.
+    """count pairs of words, (int, int), the most frequent first: merge i makes word 256 + i. UserError if fewer exist.
 
     Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
     """
     if not 1 <= count <= 2**16 - 256:
-        raise DataError(f"--bpe {count} is not from 1 to {2**16 - 256:,}")
+        raise UserError(f"--bpe {count} is not from 1 to {2**16 - 256:,}")
     found = Counter(PIECE.findall(bytes(data)))
     pieces, weights = [list(piece) for piece in found], list(found.values())
     pairs, holders = Counter(), defaultdict(set)  # holders: the pieces that had the pair at some time
@@ -35,7 +35,7 @@ def learn_merges(data, count):
     for word in tqdm(range(256, 256 + count), desc="byte pairs", leave=False, disable=None):
         pair = max(pairs, key=pairs.get, default=None)  # the first one in a tie
         if pair is None or pairs[pair] < 2:
-            raise DataError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; "
+            raise UserError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; "
                             "lower it or choose a larger --data")
         merges.append(pair)
         for i in holders.pop(pair):
@@ -114,3 +114,12 @@ class BPE:
             starts = [bisect_left(self.sorted, prefix + bytes([b])) for b in range(256)]
             self.bounds[prefix] = np.array([*starts, self.span(prefix)[1]])
         return self.bounds[prefix]
+
+
+def in_words(corpus, merges):
+    """The corpus as the words that byte-pair merges make of it; without merges the corpus itself."""
+    if not merges:
+        return corpus
+    bpe = BPE(merges)
+    train, val = bpe.encode(corpus.train), bpe.encode(corpus.val)
+    return corpus._replace(train=train, val=val, bytes_per_token=len(corpus.val) / max(len(val), 1))

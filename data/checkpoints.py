@@ -17,13 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from data.corpus import whole_file
+from data.files import UserError, whole_file
 
 FORMAT = "bytestate-1"  # what our own files call themselves
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be loaded or written; the message is one line for the user."""
 
 
 # ---- Files -> {name: tensor} -------------------------------------------------------------------------------
@@ -51,9 +47,9 @@ def read_json(text, what):
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{what} is not JSON ({' '.join(str(e).split())[:100]})") from e
+        raise UserError(f"{what} is not JSON ({' '.join(str(e).split())[:100]})") from e
     if not isinstance(found, dict):
-        raise CheckpointError(f"{what} holds {type(found).__name__}, expected an object")
+        raise UserError(f"{what} holds {type(found).__name__}, expected an object")
     return found
 
 
@@ -63,25 +59,25 @@ def read_safetensors(path):
         size = os.fstat(f.fileno()).st_size - 8
         length = int.from_bytes(f.read(8), "little")
         if not 0 < length <= min(size, LARGEST_HEADER):
-            raise CheckpointError(f"{path} announces a header of {length:,} bytes, but {max(size, 0):,} follow")
+            raise UserError(f"{path} announces a header of {length:,} bytes, but {max(size, 0):,} follow")
         header = read_json(f.read(length), f"the header of {path}")
         header.pop("__metadata__", None)
         try:
             spans = sorted((*e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items())
             whole = all(type(i) is int and i >= 0 for begin, end, _, _, shape in spans for i in (begin, end, *shape))
         except (TypeError, KeyError, ValueError) as e:
-            raise CheckpointError(f"{path}: an entry of the header lacks dtype (one of {', '.join(DTYPES)}), shape or "
+            raise UserError(f"{path}: an entry of the header lacks dtype (one of {', '.join(DTYPES)}), shape or "
                                   f"data_offsets ({e})") from e
         position, tensors = 0, {}
         for begin, end, name, dtype, shape in spans:
             fits = whole and end - begin == math.prod(shape) * dtype.itemsize and begin == position
             if not fits or end > size - length:
-                raise CheckpointError(f"{path}: {name}, {dtype} {shape}, cannot fill bytes {begin} to {end} of "
+                raise UserError(f"{path}: {name}, {dtype} {shape}, cannot fill bytes {begin} to {end} of "
                                       f"{size - length:,}, which begin after {position:,}")
             tensors[name], position = torch.empty(shape, dtype=dtype), end
             f.readinto(tensors[name].flatten().view(torch.uint8).numpy())
     if position != size - length:
-        raise CheckpointError(f"{path}: {size - length - position:,} bytes after the last tensor")
+        raise UserError(f"{path}: {size - length - position:,} bytes after the last tensor")
     return tensors
 
 
@@ -90,18 +86,18 @@ def read_torch(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # the unpickler meets foreign bytes with any error there is
-        raise CheckpointError(f"{path} is not a checkpoint, or is cut short "
+        raise UserError(f"{path} is not a checkpoint, or is cut short "
                               f"({type(e).__name__}, {os.path.getsize(path):,} bytes)") from e
 
 
 def named_tensors(path, content):
     """content, if it is {name: tensor}, each a plain one whose memory is as large as its shape says."""
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
+        raise UserError(f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
     for name, t in content.items():
         plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
         if not (isinstance(name, str) and plain and t.numel() * t.itemsize <= t.untyped_storage().nbytes()):
-            raise CheckpointError(f"{path}: {str(name)[:80]} is {type(t).__name__}, expected {FORMAT} or named tensors")
+            raise UserError(f"{path}: {str(name)[:80]} is {type(t).__name__}, expected {FORMAT} or named tensors")
     return content
 
 
@@ -109,15 +105,15 @@ def read_shards(index, content):
     """{name: tensor} of all the files that an index names."""
     where = content.get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
-        raise CheckpointError(f"{index} has no weight_map of names to files beside it")
+        raise UserError(f"{index} has no weight_map of names to files beside it")
     tensors = {}
     for name in sorted(set(where.values())):
         shard = named_tensors(index.with_name(name), read_file(index.with_name(name)))
         if twice := shard.keys() & tensors.keys():
-            raise CheckpointError(f"{index.with_name(name)} repeats an earlier file's {some(twice)}")
+            raise UserError(f"{index.with_name(name)} repeats an earlier file's {some(twice)}")
         tensors |= shard
     if tensors.keys() != where.keys():
-        raise CheckpointError(f"{index} and its files differ in {some(map(str, tensors.keys() ^ where.keys()))}")
+        raise UserError(f"{index} and its files differ in {some(map(str, tensors.keys() ^ where.keys()))}")
     return tensors
 
 
@@ -129,10 +125,10 @@ def read_file(path):
             return read_shards(path, found) if path.name.endswith(".index.json") else found
         with open(path, "rb") as f:
             if f.read(11) == b"version htt":
-                raise CheckpointError(f"{path} is only a pointer to the file; fetch it: git lfs pull")
+                raise UserError(f"{path} is only a pointer to the file; fetch it: git lfs pull")
         return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
 
 
 FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
@@ -242,10 +238,10 @@ def recognise(path, names):
     best = min(found, key=lambda layout: len(found[layout][1]))
     ours, strangers = found[best]
     if not ours:
-        raise CheckpointError(f"{path} holds {some(names) or 'nothing'}, expected {FORMAT} or one of the layouts "
+        raise UserError(f"{path} holds {some(names) or 'nothing'}, expected {FORMAT} or one of the layouts "
                               f"{', '.join(LAYOUTS)}")
     if strangers or len(set(ours.values())) < len(ours):
-        raise CheckpointError(f"{path} is a {best} checkpoint with tensors that have no place in one: "
+        raise UserError(f"{path} is a {best} checkpoint with tensors that have no place in one: "
                               f"{some(strangers) or 'one thing under two names'}")
     return best, ours
 
@@ -268,11 +264,11 @@ def kinds_of(shapes):
     """("attention+mlp", ...): the kinds of tensors that each layer has."""
     numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
     if not numbers or max(numbers) + 1 != len(numbers):
-        raise CheckpointError(f"there are {len(numbers)} layers, the last is number {max(numbers, default=-1)}")
+        raise UserError(f"there are {len(numbers)} layers, the last is number {max(numbers, default=-1)}")
     kinds = ["+".join(kind for kind, axes in KINDS.items() if f"layers.{i}.{next(iter(axes))}" in shapes)
              for i in range(len(numbers))]
     if len(set(kinds)) > 1 or not kinds[0]:
-        raise CheckpointError("the layers are of several kinds or of none: " + ", ".join(sorted(set(kinds))))
+        raise UserError("the layers are of several kinds or of none: " + ", ".join(sorted(set(kinds))))
     return tuple(kinds)
 
 
@@ -285,7 +281,7 @@ def axes_of(shapes, kinds):
     for name, axes in table.items():
         found = shapes.get(name, ())
         if len(found) != len(axes) or 0 in found or any(sizes.setdefault(a, i) != i for a, i in zip(axes, found)):
-            raise CheckpointError(f"{name} has shape {list(found)}, expected ({', '.join(axes)})"
+            raise UserError(f"{name} has shape {list(found)}, expected ({', '.join(axes)})"
                                   + "".join(f", {a} {sizes[a]}" for a in axes if a in sizes))
     return sizes
 
@@ -293,7 +289,7 @@ def axes_of(shapes, kinds):
 def ratio(sizes, whole, part):
     """sizes[whole] / sizes[part], which must be whole."""
     if not isinstance(sizes.get(part), int) or sizes[part] < 1 or sizes[whole] % sizes[part]:
-        raise CheckpointError(f"{whole} {sizes[whole]} is not a multiple of {part} "
+        raise UserError(f"{whole} {sizes[whole]} is not a multiple of {part} "
                               f"{sizes.get(part, '(not in config.json)')}")
     return sizes[whole] // sizes[part]
 
@@ -345,12 +341,12 @@ def read_rope(key, value):
     kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
     numbers = tuple(value.get(k) for k in ROPE) if kind == "llama3" else ()
     if kind not in ("default", "llama3") or not all(is_number(i) and i > 0 for i in numbers):
-        raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, but only llama3's scaling is computed here")
+        raise UserError(f"{key} is {json.dumps(value)[:80]}, but only llama3's scaling is computed here")
     return numbers
 
 
 def read_settings(settings, rows):
-    """{our setting: its value in config.json}; CheckpointError where that asks for what we do not compute."""
+    """{our setting: its value in config.json}; UserError where that asks for what we do not compute."""
     given = {}
     for key, ours in rows.items():
         value = lookup(settings, key)
@@ -358,14 +354,14 @@ def read_settings(settings, rows):
             continue
         if isinstance(ours, tuple):
             if value not in ours:
-                raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, "
+                raise UserError(f"{key} is {json.dumps(value)[:80]}, "
                                       f"but only {json.dumps(ours[-1])} is known here")
         elif ours == "rope_scaling":
             given[ours] = read_rope(key, value)
         elif is_number(value):
             given[ours] = value
         else:
-            raise CheckpointError(f"{key} is {json.dumps(value)[:80]}, expected a number")
+            raise UserError(f"{key} is {json.dumps(value)[:80]}, expected a number")
     return given
 
 
@@ -373,24 +369,24 @@ def complete(shapes, layout, settings):
     """All of our settings, from the shapes and from config.json, which may not contradict each other."""
     kind = kinds_of(shapes)[0]
     if kind not in layout.settings:
-        raise CheckpointError(f"layers of {kind}, expected {' or '.join(layout.settings)}")
+        raise UserError(f"layers of {kind}, expected {' or '.join(layout.settings)}")
     given = read_settings(settings, layout.settings[kind])
     c = infer(shapes, given)
     for ours, value in {**derived(c), **c}.items():
         said = given.pop(ours, value)
         if said != value and not (ours == "vocab" and said < value):  # state-spaces: 50277 symbols in 50280 rows
-            raise CheckpointError(f"{ours} is {said} in config.json, but {value} in the tensors")
+            raise UserError(f"{ours} is {said} in config.json, but {value} in the tensors")
     c |= given
     for ours, value in layout.needs.items():
         if c.get(ours, value) != value:
-            raise CheckpointError(f"{ours} is {c[ours]}, which this layout does not know")
+            raise UserError(f"{ours} is {c[ours]}, which this layout does not know")
     return c
 
 
 def read(path, content):
     """(layout, settings of ours, {our name: tensor}) of what read_file found in path.
 
-    Half precision becomes float32, which training kept its residual stream in. CheckpointError for what is not whole.
+    Half precision becomes float32, which training kept its residual stream in. UserError for what is not whole.
     """
     content = named_tensors(path, content)
     if content and all(name.startswith("module.") for name in content):  # saved from a DistributedDataParallel
@@ -400,13 +396,13 @@ def read(path, content):
     for name, new in ours.items():
         tensors[new] = content.pop(name)
         if not tensors[new].is_floating_point():
-            raise CheckpointError(f"{path}: {name} holds {tensors[new].dtype}, not floats")
+            raise UserError(f"{path}: {name} holds {tensors[new].dtype}, not floats")
     settings = path.with_name("config.json")
     settings = read_file(settings) if settings.is_file() else {}
     try:
         c = complete({name: tuple(t.shape) for name, t in tensors.items()}, LAYOUTS[layout], settings)
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}, a {layout} checkpoint: {e}") from e
+    except UserError as e:
+        raise UserError(f"{path}, a {layout} checkpoint: {e}") from e
     dtype = torch.promote_types(tensors["embedding.weight"].dtype, torch.float32)
     for name in tensors:
         tensors[name] = tensors[name].to(dtype).contiguous()
@@ -463,11 +459,11 @@ def write_settings(c, rows):
 def write(path, layout, c, tensors):
     """The model of settings c in another program's layout: a folder with config.json, or one file where it has none."""
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout {layout} is not one of own, {', '.join(LAYOUTS)}")
+        raise UserError(f"layout {layout} is not one of own, {', '.join(LAYOUTS)}")
     table, kinds = LAYOUTS[layout], set(c["layers"])
     if len(kinds) > 1 or not kinds <= table.settings.keys() or any(c[k] != v for k, v in table.needs.items()):
         needs = "".join(f", {k} {v}" for k, v in table.needs.items())
-        raise CheckpointError(f"layout {layout} holds layers of {' or '.join(table.settings)}{needs}; this model has "
+        raise UserError(f"layout {layout} holds layers of {' or '.join(table.settings)}{needs}; this model has "
                               f"{', '.join(sorted(kinds))}" + "".join(f", {k} {c[k]}" for k in table.needs))
     rows = [(ours, theirs) for theirs, ours in table.names if ours]
     tensors = {rename(name, rows): t for name, t in tensors.items()}
@@ -480,4 +476,4 @@ def write(path, layout, c, tensors):
             with whole_file(Path(path, "config.json")) as file:
                 file.write(json.dumps(write_settings(c, table.settings[c["layers"][0]]), indent=1).encode() + b"\n")
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]}; a file there before is untouched") from e
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; a file there before is untouched") from e

@@ -16,11 +16,9 @@ import os
 import platform
 import shutil
 import sysconfig
-import uuid
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +28,11 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
+from data.files import UserError, whole_file
+
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 1 << 16                        # bytes moved at a time: the most that a broken download loses
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
-
-
-class DataError(ValueError):
-    """The data cannot be had, or not be used as asked; the message is one line for the user."""
 
 
 class Corpus(NamedTuple):
@@ -44,6 +40,7 @@ class Corpus(NamedTuple):
     train: np.ndarray                  # (bytes,) uint8, read-only
     val: np.ndarray                    # (bytes,) uint8, read-only
     note: str                          # one line for the screen: what was read; what was skipped, and why
+    bytes_per_token: float = 1.0       # more than one where the tokens are words of byte pairs
 
 
 class Download(NamedTuple):
@@ -68,30 +65,11 @@ DOWNLOADS = {
 
 # ---- One file: write it whole, map it, split it ----------------------------------------------------------
 
-@contextmanager
-def whole_file(target: Path):
-    """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error.
-
-    Temporary names are unique: two processes that build one file do not meet, and the last to rename wins.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())    # otherwise a power cut may keep the new name and lose the bytes
-        os.replace(temporary, target)
-    except BaseException:              # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def map_bytes(name: str, path: Path) -> np.ndarray:
-    """The bytes of a file, (bytes,) uint8, read-only. DataError if there are fewer than two."""
+    """The bytes of a file, (bytes,) uint8, read-only. UserError if there are fewer than two."""
     size = path.stat().st_size
     if size < 2:
-        raise DataError(f"--data {name} has {size} bytes, but 2 are the least, one to train on and one to "
+        raise UserError(f"--data {name} has {size} bytes, but 2 are the least, one to train on and one to "
                         "validate on; choose a larger file or folder")
     return np.memmap(path, np.uint8, mode="r")
 
@@ -156,7 +134,7 @@ def load_python(cache: Path) -> Corpus:
     root = Path(sysconfig.get_path("stdlib")).resolve()
     files, _ = gather(root, cache, not_stdlib)
     if len(files) < 20:
-        raise DataError("--data python needs at least 20 source files of the standard library, but "
+        raise UserError("--data python needs at least 20 source files of the standard library, but "
                         f"{root} has {len(files)}; use --data FILE with any file of yours")
     files.sort(key=lambda file: hashlib.sha1(os.fsencode(file), usedforsecurity=False).digest())
     val = files[::20]
@@ -187,7 +165,7 @@ def load_folder(name: str, cache: Path) -> Corpus:
     files, skipped = gather(root, cache, not_text)
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
     if not files:
-        raise DataError(f"--data {name} has no text files (skipped: {left_out}); choose another folder")
+        raise UserError(f"--data {name} has no text files (skipped: {left_out}); choose another folder")
     return split(name, map_bytes(name, join(root, files, "folder", cache)),
                  f"{len(files)} files, the last 10 % of the bytes validate (skipped: {left_out})")
 
@@ -195,7 +173,7 @@ def load_folder(name: str, cache: Path) -> Corpus:
 # ---- Downloads -------------------------------------------------------------------------------------------
 
 def fetch(name: str, part: Path) -> None:
-    """Downloads to `part`, going on where an earlier try stopped. DataError: where to put the file by hand.
+    """Downloads to `part`, going on where an earlier try stopped. UserError: where to put the file by hand.
 
     Blocks are written at their own place, not appended, so a second process on the same `part` does no harm.
     """
@@ -222,15 +200,15 @@ def fetch(name: str, part: Path) -> None:
                 if have and problem.code == 416:  # nothing was left to ask for
                     return
             places = " or ".join(str(part.with_name(form)) for form in forms)
-            raise DataError(f"--data {name}: no download from {url} ({problem}); run again to go on with it, "
+            raise UserError(f"--data {name}: no download from {url} ({problem}); run again to go on with it, "
                             f"or put the file by hand at {places}") from problem
 
 
 def check(name: str, path: Path, size: int, sha256: str, way_out: str) -> None:
-    """DataError unless the bytes found in `path` have the digest of the corpus."""
+    """UserError unless the bytes found in `path` have the digest of the corpus."""
     item = DOWNLOADS[name]
     if sha256 != item.sha256:
-        raise DataError(f"--data {name}: {path} holds {size:,} bytes with SHA-256 {sha256}, but {name} is "
+        raise UserError(f"--data {name}: {path} holds {size:,} bytes with SHA-256 {sha256}, but {name} is "
                         f"{item.size:,} bytes with SHA-256 {item.sha256}; {way_out}")
 
 
@@ -245,7 +223,7 @@ def open_unpacked(path: Path):
 
 
 def install(name: str, source: Path, target: Path, way_out: str) -> None:
-    """Copies `source`, unpacked, to `target`, which appears only if the bytes are right; else DataError."""
+    """Copies `source`, unpacked, to `target`, which appears only if the bytes are right; else UserError."""
     digest, size = hashlib.sha256(), 0
     try:
         with open_unpacked(source) as file, whole_file(target) as out:
@@ -254,7 +232,7 @@ def install(name: str, source: Path, target: Path, way_out: str) -> None:
                 size += out.write(block)
             check(name, source, size, digest.hexdigest(), way_out)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:  # RuntimeError: password
-        raise DataError(f"--data {name}: {source} is a damaged zip ({problem}); {way_out}") from problem
+        raise UserError(f"--data {name}: {source} is a damaged zip ({problem}); {way_out}") from problem
 
 
 def load_download(name: str, cache: Path) -> Corpus:
@@ -268,7 +246,7 @@ def load_download(name: str, cache: Path) -> Corpus:
         try:
             if not target.exists():    # else another process was faster
                 install(name, part, target, "the download is deleted, run again")
-        except DataError:
+        except UserError:
             part.unlink(missing_ok=True)
             raise
         part.unlink(missing_ok=True)
@@ -296,13 +274,13 @@ def load_corpus(name: str, cache: Path = CACHE) -> Corpus:
         if os.path.isdir(name):
             return load_folder(name, cache)
     except OSError as problem:
-        raise DataError(f"--data {name}: {problem}; it must be readable, and {cache} writable") from problem
+        raise UserError(f"--data {name}: {problem}; it must be readable, and {cache} writable") from problem
     found = "neither a file nor a folder" if os.path.exists(name) else "no such file or folder"
-    raise DataError(f"--data {name}: {found}, and the known names are python, {', '.join(DOWNLOADS)}")
+    raise UserError(f"--data {name}: {found}, and the known names are python, {', '.join(DOWNLOADS)}")
 
 
 def load_tokens(name: str, vocab: int) -> Corpus:
-    """A file of token ids below `vocab`, the last 10 % of which validate. DataError for any other.
+    """A file of token ids below `vocab`, the last 10 % of which validate. UserError for any other.
 
     .npy holds uint16 or uint32 and says which; .bin is nothing but the ids, uint16 if `vocab` fits, else uint32.
     """
@@ -310,18 +288,18 @@ def load_tokens(name: str, vocab: int) -> Corpus:
         raw = np.uint16 if vocab <= 1 << 16 else np.uint32
         data = np.load(name, mmap_mode="r") if name.endswith(".npy") else np.memmap(name, raw, mode="r")
     except (OSError, ValueError) as problem:
-        raise DataError(f"--data {name}: {problem}; a model of {vocab:,} tokens reads a file of token ids, "
+        raise UserError(f"--data {name}: {problem}; a model of {vocab:,} tokens reads a file of token ids, "
                         ".npy or .bin of uint16 or uint32") from problem
     if data.ndim != 1 or data.dtype not in (np.uint16, np.uint32) or len(data) < 2:
-        raise DataError(f"--data {name} holds {data.dtype} of shape {data.shape}, expected uint16 or uint32 in one row")
+        raise UserError(f"--data {name} holds {data.dtype} of shape {data.shape}, expected uint16 or uint32 in one row")
     if data.max() >= vocab:
-        raise DataError(f"--data {name} has token id {data.max():,}, but the model knows {vocab:,}; "
+        raise UserError(f"--data {name} has token id {data.max():,}, but the model knows {vocab:,}; "
                         "it was made with another tokenizer, or .bin with ids of another size: write .npy")
     return split(name, data, f"{len(data):,} token ids, the last 10 % validate; a byte is a token below")
 
 
 def windows(data: np.ndarray, length: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """The windows of one training step, (batch, length) int64. DataError if the data is shorter than one window.
+    """The windows of one training step, (batch, length) int64. UserError if the data is shorter than one window.
 
     An epoch cuts the data, from a random offset on, into windows that share one byte with the next, and reads them in
     random order. No byte is a target twice, and all but up to two windows' worth at the ends are targets: drawing every
@@ -330,7 +308,7 @@ def windows(data: np.ndarray, length: int, batch: int, seed: int, step: int) -> 
     uninterrupted one would have read.
     """
     if len(data) < length:
-        raise DataError(f"the data has {len(data):,} bytes, but one window needs {length:,}; "
+        raise UserError(f"the data has {len(data):,} bytes, but one window needs {length:,}; "
                         "lower --seq_len or choose a larger --data")
     stride = max(length - 1, 1)
     count = max((len(data) - length) // stride, 1)  # one fewer than fit, which leaves the offset a whole window's room

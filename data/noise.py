@@ -5,7 +5,7 @@ byte is independent of the others, so p is the share of the bytes that it meets.
 """
 import numpy as np
 
-from data.corpus import DataError
+from data.files import UserError
 
 
 def drop(x, p, rng):
@@ -49,13 +49,13 @@ NOISES = {"drop": drop, "repeat": repeat, "swap": swap, "upper": upper, "random_
 
 
 def corrupt(x, noise, seed=0):
-    """x under a noise "name" or "name:p"; "" is none. DataError for any other."""
+    """x under a noise "name" or "name:p"; "" is none. UserError for any other."""
     name, _, p = noise.partition(":")
     try:
         p = float(p or 0)
     except ValueError:
         p = -1.0
     if noise and (name not in NOISES or not 0 <= p <= 1 or (p > 0) != (name in ("drop", "repeat", "swap"))):
-        raise DataError(f"--noise {noise} is not one of drop:P, repeat:P, swap:P with 0 < P <= 1, "
+        raise UserError(f"--noise {noise} is not one of drop:P, repeat:P, swap:P with 0 < P <= 1, "
                         "upper, random_case, antspeak")
     return NOISES[name](x, p, np.random.default_rng(seed)) if noise else x

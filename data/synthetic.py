@@ -8,7 +8,7 @@ or letters between have to pass without a trace.
 """
 import numpy as np
 
-from data.corpus import DataError
+from data.files import UserError
 
 NO_TARGET = -100                       # of a byte that nobody has to predict
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
@@ -43,9 +43,9 @@ def induction(length: int, batch: int, seed: int, step: int) -> tuple[np.ndarray
 
 
 def generator(name: str, length: int, seed: int, step: int) -> np.random.Generator:
-    """A generator of each step's own, as in corpus.windows. DataError if a window is too short for the task."""
+    """A generator of each step's own, as in corpus.windows. UserError if a window is too short for the task."""
     if length < 3:
-        raise DataError(f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
+        raise UserError(f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
     return np.random.default_rng((seed, step))
 
 

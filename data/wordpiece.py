@@ -6,7 +6,7 @@ becomes the longest piece of the vocabulary that it begins with, then the longes
 import re
 import unicodedata
 
-from data.corpus import DataError
+from data.files import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B820, 0x2CEAF),
@@ -36,7 +36,7 @@ class WordPiece:
         self.pieces, self.ids = list(pieces), {piece: i for i, piece in enumerate(pieces)}
         missing = [piece for piece in SPECIAL if piece not in self.ids]
         if missing:
-            raise DataError(f"the vocabulary lacks {', '.join(missing)}; is it BERT's vocab.txt?")
+            raise UserError(f"the vocabulary lacks {', '.join(missing)}; is it BERT's vocab.txt?")
 
     def pieces_of(self, word):
         """The pieces of one word, or [UNK] alone if it cannot be cut into any."""
@@ -59,8 +59,8 @@ class WordPiece:
 
 
 def read_vocabulary(path):
-    """The WordPiece of a vocab.txt; DataError if it cannot be one."""
+    """The WordPiece of a vocab.txt; UserError if it cannot be one."""
     try:
         return WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} is needed to turn words into tokens: {getattr(e, 'strerror', None) or e}") from e
+        raise UserError(f"{path} is needed to turn words into tokens: {getattr(e, 'strerror', None) or e}") from e

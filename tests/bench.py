@@ -53,13 +53,14 @@ from data.corpus import load_corpus, windows
 from data.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
-from model import LM, MIXERS, Block, Config, ConfigError, _CausalConv, load, save
+from data.files import UserError
+from model import LM, MIXERS, Block, Config, _CausalConv, load, save
 from sample import (RULES, WITHOUT_MODEL, ByteDrafter, Stats, SubwordDrafter, capture_step, compile_step, filter_logits,
                     generate, prefill, read, speculate)
 from scan import (_kernel, discretize, discretize_dense, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan,
                   ssd, tl, triton_conv)
 from train import (by_position, evaluate, flag, keep_memory, make_optimizer, parse, pick_device, prediction_loss,
-                   run_script, sliding_bpb, train_step, window_nats, word_perplexity)
+                   script, sliding_bpb, train_step, window_nats, word_perplexity)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -894,7 +895,7 @@ def bench_gpu(c):
     """The kernels beside every other path, in float32 and bfloat16, and the official kernel where mamba-ssm imports."""
     if not c.quick:
         if not torch.cuda.is_available():
-            raise ConfigError("gpu needs a CUDA GPU, and torch finds none here; "
+            raise UserError("gpu needs a CUDA GPU, and torch finds none here; "
                               "on a CPU: python -m tests.bench scan, or gpu --quick with TRITON_INTERPRET=1")
         c = dataclasses.replace(c, device="cuda")
     device = pick_device(c.device)
@@ -1071,7 +1072,7 @@ def speculation_model(name, folder, quick):
     steps = parse(train.Flags, flags, "")[0].steps
     if not last.exists() or load(last)[1]["step"] < steps:
         if train.main([*flags, "--out", str(folder / name), *["--resume"] * last.exists()]):
-            raise ConfigError(f"{folder / name} is not trained yet; run this again to go on")
+            raise UserError(f"{folder / name} is not trained yet; run this again to go on")
     return load(last)
 
 
@@ -1130,7 +1131,7 @@ def time_compiled(model, prompts, count):
     began = time.perf_counter()
     try:
         step = compile_step(model, prompts[0][:, :1])
-    except ConfigError as e:
+    except UserError as e:
         print(e)
         return []
     row = {"table": "compiled", "compiling_seconds": time.perf_counter() - began}
@@ -1191,7 +1192,7 @@ def draw(name, rows, x, y, xlabel, ylabel, yscale, xscale="log"):
         matplotlib.use("svg")
         import matplotlib.pyplot as plt
     except ImportError as e:
-        raise ConfigError(f"figures need matplotlib ({e}); pip install matplotlib") from e
+        raise UserError(f"figures need matplotlib ({e}); pip install matplotlib") from e
     plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     curves = {}
@@ -1220,7 +1221,7 @@ def measured(name, **wanted):
     """The rows of a benchmark's JSON that have these values."""
     path = ASSETS / f"bench_{name}.json"
     if not path.exists():
-        raise ConfigError(f"{path} is missing; measure first: python -m tests.bench {name}")
+        raise UserError(f"{path} is missing; measure first: python -m tests.bench {name}")
     return [row for row in json.loads(path.read_text())["rows"] if wanted.items() <= row.items()]
 
 
@@ -1276,7 +1277,7 @@ def figures():
     for figure in FIGURES:
         try:
             figure()
-        except ConfigError as e:
+        except UserError as e:
             print(f"no figure: {e}")
     return 0
 
@@ -1305,7 +1306,8 @@ def hardware():
     return found
 
 
-def run(argv):
+@script
+def main(argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv[0] if argv and not argv[0].startswith("-") else None
     names = "|".join([*BENCHMARKS, "figures"])
@@ -1313,7 +1315,7 @@ def run(argv):
     if name == "figures":
         return figures()
     if name not in BENCHMARKS:
-        raise ConfigError(f"what to measure is missing or unknown: python -m tests.bench {names}")
+        raise UserError(f"what to measure is missing or unknown: python -m tests.bench {names}")
     result = {"benchmark": name, "command": " ".join(["python -m tests.bench", *argv]), "hardware": hardware(),
               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     print(", ".join(f"{k} {v}" for k, v in result["hardware"].items() if v is not None))
@@ -1326,10 +1328,6 @@ def run(argv):
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {path}")
     return 0
-
-
-def main(argv=None):
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

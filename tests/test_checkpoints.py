@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import Code
-from data.checkpoints import CheckpointError, read_safetensors
+from data.checkpoints import read_safetensors
+from data.files import UserError
 from model import Config, load, make_model, save
 
 
@@ -81,7 +82,7 @@ def test_llama_without_its_config_is_refused(tmp_path):
     """No shape tells how many heads there are."""
     random_peer("Llama", **LLAMA).save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="n_head .not in config.json"):
+    with pytest.raises(UserError, match="n_head .not in config.json"):
         load(tmp_path)
 
 
@@ -163,10 +164,10 @@ def test_a_round_trip_through_all_layouts_changes_no_bit(kind, tmp_path):
 @pytest.mark.parametrize("layout", HOLDS)
 def test_a_layout_that_cannot_hold_a_model_says_so(layout, tmp_path):
     for kind in MODELS.keys() - set(HOLDS[layout]):
-        with pytest.raises(CheckpointError, match=f"layout {layout} holds layers of"):
+        with pytest.raises(UserError, match=f"layout {layout} holds layers of"):
             save(tmp_path / "x", make(MODELS[kind]), layout)
     assert not (tmp_path / "x").exists()
-    with pytest.raises(CheckpointError, match="not one of own, state-spaces, mambabyte"):
+    with pytest.raises(UserError, match="not one of own, state-spaces, mambabyte"):
         save(tmp_path / "x", make(MODELS["mamba"]), "onnx")
 
 
@@ -261,8 +262,8 @@ def test_a_loaded_model_trains(tmp_path):
 
 
 def failure(path):
-    """The message of the CheckpointError that loading must raise: one line, with the file's name."""
-    with pytest.raises(CheckpointError) as error:
+    """The message of the UserError that loading must raise: one line, with the file's name."""
+    with pytest.raises(UserError) as error:
         load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
@@ -322,7 +323,7 @@ def test_settings_that_contradict_the_tensors_or_are_not_computed_here_say_so(tm
             failure(tmp_path / "model.safetensors")
         for text in ("", "[]", "{", '{"model_type": }', "\xff", '{"vocab_size": 1, "vocab_size": 1}'):
             (tmp_path / "config.json").write_text(text, encoding="latin-1")
-            with pytest.raises(CheckpointError, match="config.json"):
+            with pytest.raises(UserError, match="config.json"):
                 load(tmp_path)
 
 
@@ -395,5 +396,5 @@ def test_mutations_end_in_one_line_or_in_a_model(file, tmp_path):
         path = tmp_path / "own.pt" if layout == "own" else tmp_path
         try:
             load(path)
-        except CheckpointError as e:
+        except UserError as e:
             assert "\n" not in str(e)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data import corpus
-from data.corpus import DataError, compressed_bpb, load_corpus, whole_file, windows
+from data.corpus import compressed_bpb, load_corpus, windows
+from data.files import UserError, whole_file
 
 PAYLOAD = bytes(np.random.default_rng(0).integers(0, 256, 200_003, dtype=np.uint8))
 SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
@@ -25,8 +26,8 @@ def write(path, data):
 
 
 def failure(name, cache):
-    """The message of the DataError that `name` must raise: one line."""
-    with pytest.raises(DataError) as error:
+    """The message of the UserError that `name` must raise: one line."""
+    with pytest.raises(UserError) as error:
         load_corpus(str(name), cache)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -377,7 +378,7 @@ def test_windows_reach_the_first_and_the_last_byte():
 
 
 def test_data_shorter_than_a_window_is_refused_with_both_numbers():
-    with pytest.raises(DataError, match="has 6 bytes, but one window needs 7; lower --seq_len"):
+    with pytest.raises(UserError, match="has 6 bytes, but one window needs 7; lower --seq_len"):
         windows(np.zeros(6, np.uint8), 7, 1, seed=0, step=0)
 
 

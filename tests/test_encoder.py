@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from model import (LM, BidirectionalS4D, BiGS, Config, ConfigError, Encoder, SharedS4D, Stacked, load, make_model, save)
+from data.files import UserError
+from model import (LM, BidirectionalS4D, BiGS, Config, Encoder, SharedS4D, Stacked, load, make_model, save)
 from scan import discretize, scan
 
 F64 = torch.float64
@@ -320,7 +321,7 @@ def test_the_config_says_which_model_it_is():
 def test_impossible_encoders_are_one_line_errors():
     for sizes, part in ((dict(block="gate"), "gated, stacked"), (dict(layers=("mamba",)), "s4d, attention"),
                         (dict(layers=("s4d+mlp",)), "s4d+mlp"), (dict(layers=("attention",), n_head=5), "--n_head 5")):
-        with pytest.raises(ConfigError, match=part.replace("+", r"\+")) as error:
+        with pytest.raises(UserError, match=part.replace("+", r"\+")) as error:
             Config(**{**dict(layers=("s4d",), block="gated", d_model=12), **sizes})
         assert "\n" not in str(error.value)
 

@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from conftest import Code
-from model import (FORMAT, LM, MLP, Attention, CheckpointError, Config, ConfigError, Linear, Mamba, Mamba2, causal_conv,
+from data.files import UserError
+from model import (FORMAT, LM, MLP, Attention, Config, Linear, Mamba, Mamba2, causal_conv,
                    init_dt_bias, load, rotate, save)
 
 F64 = torch.float64
@@ -363,10 +364,10 @@ def test_impossible_sizes_are_one_line_errors():
                            (dict(layers=("mamba2",), d_model=100, head_dim=32, expand=1),
                             "--d_model 100 is not divisible by --head_dim 32; try --d_model 96 or 128"),
                            (dict(d_model=0), "--d_model 0 is not positive"), (dict(d_state=-1), "--d_state -1")):
-        with pytest.raises(ConfigError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             Config(**flags)
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="try --d_model 96 or 108"):
+    with pytest.raises(UserError, match="try --d_model 96 or 108"):
         Config(("attention",), d_model=100, n_head=6)  # 96 and 108 are even multiples, as rotary positions need
     for d_model in (96, 112):
         Config(("mamba2",), d_model=d_model, head_dim=32)  # what was advised
@@ -451,8 +452,8 @@ def test_a_mamba_block_equals_mambapy(pscan):
 
 
 def failure(path):
-    """The message of the CheckpointError that loading must raise: one line."""
-    with pytest.raises(CheckpointError) as error:
+    """The message of the UserError that loading must raise: one line."""
+    with pytest.raises(UserError) as error:
         load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
@@ -551,7 +552,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
     for limit in (0, 40_000):  # nothing can be written; the middle of a model cannot
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(CheckpointError) as error:
+            with pytest.raises(UserError) as error:
                 save(path, model)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -568,15 +569,15 @@ def test_a_rename_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+    with pytest.raises(UserError, match="cannot write .*No space left"):
         save(path, make("mamba2"))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.pt"]
 
 
 def test_saving_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         save(tmp_path / "file" / "best.pt", make("mamba"))
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         save(tmp_path / "file" / "run" / "best.pt", make("mamba"))
     assert (tmp_path / "file").read_text() == "text"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from data.corpus import DataError
+from data.files import UserError
 from data.noise import NOISES, corrupt
 from model import LM, Config, load, save
 from train import by_position, evaluate, sliding_bpb, window_nats, word_perplexity
@@ -54,7 +54,7 @@ def test_random_case_tosses_a_coin_for_each_letter():
 @pytest.mark.parametrize("noise", ["drop", "drop:0", "drop:1.5", "drop:x", "drop:nan", "upper:0.1", "noise", ":0.1",
                                    "swap:-1"])
 def test_unknown_noise_is_a_one_line_error(noise):
-    with pytest.raises(DataError, match="is not one of drop:P") as error:
+    with pytest.raises(UserError, match="is not one of drop:P") as error:
         corrupt(TEXT, noise)
     assert "\n" not in str(error.value)
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from data.bpe import BPE, learn_merges
-from data.corpus import DataError, load_corpus
+from data.corpus import load_corpus
+from data.files import UserError
 from model import LM, Config, load, save
 from sample import (ByteDrafter, CountDrafter, NgramDrafter, Stats, SubwordDrafter, exact, filter_logits, generate,
                     point_mass, prefill, read, reveal, speculate, top_beta)
@@ -355,7 +356,7 @@ def test_looking_ahead_makes_no_tensor_of_all_states(kind):
 
 
 def test_what_cannot_be_kept_is_an_error():
-    for keep, part in ((0, "keep 0 is not from 1 to 5"), (6, "keep 6"), (-1, "keep -1")):
+    for keep, part in ((0, "upto 0 is not from 1 to 5"), (6, "upto 6"), (-1, "upto -1")):
         with pytest.raises(ValueError, match=part):
             make("mamba2")(prompt(5), None, keep)
     for kind in ("attention", "s4"):
@@ -490,7 +491,7 @@ def test_no_merge_crosses_a_cut_and_no_word_is_long():
 
 def test_too_many_merges_are_refused():
     for count in (0, -1, 70000, 50):
-        with pytest.raises(DataError, match=f"--bpe {count}"):
+        with pytest.raises(UserError, match=f"--bpe {count}"):
             learn_merges(b"abcabc", count)
 
 

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from data.corpus import DataError
+from data.files import UserError
 from data.wordpiece import SPECIAL, WordPiece, read_vocabulary, split_words
 from model import Config, make_model, save
 from sample import main
@@ -42,11 +42,11 @@ def test_wordpiece_equals_berts(tmp_path):
 
 
 def test_a_vocabulary_that_is_none_is_a_one_line_error(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_vocabulary(tmp_path / "vocab.txt")
     for data in (b"the\n", b"\xff\xfe\n"):
         (tmp_path / "vocab.txt").write_bytes(data)
-        with pytest.raises(DataError, match="vocab"):
+        with pytest.raises(UserError, match="vocab"):
             read_vocabulary(tmp_path / "vocab.txt")
 
 

@@ -1,0 +1,28 @@
+"""What every file of the project is written and refused with."""
+import os
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A flag, a file or a size that cannot be used; the message is one line that says what to do instead."""
+
+
+@contextmanager
+def whole_file(target: Path):
+    """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error.
+
+    Temporary names are unique: two processes that build one file do not meet, and the last to rename wins.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut may keep the new name and lose the bytes
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
