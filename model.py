@@ -1,12 +1,23 @@
-"""Mixers, blocks and the byte language model; letters as in scan.py.
+"""Mixers, blocks, and the byte language model; letters as in scan.py.
 
 Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
-later state continues it, so training (l = a window), prefill (l = a prompt), chunked evaluation and decoding (l = 1)
-are one code path with a different l. States are NamedTuples of tensors that nothing mutates: keeping the old variable
-is the rollback. y, state = layer(x, state, upto) returns the state after the first keep positions instead, and y for
-all: what reads ahead, as speculative sampling does, keeps only what came true. upto is a number from 1 to l, or in
-Mamba's layers a tensor (b,), from 0 to l for each row. Only the encoder's layers, which see both sides of every
-position, have no state.
+later state continues it. So training (l = a window), prefill (l = a prompt), evaluation in pieces, and decoding (l = 1)
+are one code path with a different l. A state is a NamedTuple of tensors that no layer changes: to go back, keep the old
+variable. layer(x, state, upto) gives y for all positions, but the state after the first upto of them: speculative
+sampling reads guesses and commits only those that were accepted. Only the encoder's layers have no state, since they
+see both sides of every position.
+
+    a block         x ------------------------------------------------ + ->      norm is RMSNorm
+                    |                                                  |
+                    +- norm -> mixer ----------------------------------+
+
+    Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
+                             |                  `-> dt, B, C --^     |
+                             +- z -------------------------- silu ---+
+
+    Mamba-2         in_proj -+- x, B, C -> conv -> silu -> ssd ------+ * -> norm -> out_proj
+                             +- dt ------------------------^         |
+                             +- z -------------------------- silu ---+
 """
 import dataclasses
 import math
@@ -16,13 +27,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, whole_file
-from scan import (dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd, takes_triton,
-                  triton_conv)
-
+from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
 
 MASK = 256  # the token that stands for a masked byte
 
@@ -34,55 +42,63 @@ class Config:
     With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS.
     """
     layers: tuple = ("mamba2",) * 4
-    block: str = ""       # encoder: gated or stacked
     d_model: int = 256
     vocab: int = 256
-    d_state: int = 16     # n
-    expand: int = 2       # Mamba: channels d = expand * d_model; encoder: m = expand * d_model
-    d_conv: int = 4       # k, taps of the causal convolution
-    head_dim: int = 64    # p, Mamba-2
-    n_group: int = 1      # g, Mamba-2
-    n_head: int = 4       # attention
-    n_kv_head: int = 4    # attention: heads of k and v, each shared by n_head / n_kv_head queries
-    window: int = 0       # attention: each position sees the last `window` positions; 0 = all
-    rope_base: float = 10000.0
-    rope_scaling: tuple = ()  # attention: Llama 3.1's four numbers, see slow_down
-    d_mlp: int = 0        # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
-    norm: str = "rms"     # rms (weight only) or layer (weight and bias)
+    merges: tuple = ()        # of byte pairs, where the tokens are words (data/bpe.py)
+    tie: bool = True          # the head shares the embedding's weight
+    norm: str = "rms"         # rms (weight only) or layer (weight and bias)
     norm_eps: float = 1e-5
-    bias: bool = False    # Mamba, Mamba-2: of the projections in and out; no released model has them
-    conv_bias: bool = True
-    merges: tuple = ()    # of byte pairs, where the tokens are words (data/bpe.py)
-    tie: bool = True      # the head shares the embedding's weight
     dropout: float = 0.0
-    gelu: str = "tanh"    # encoder's blocks: BiGS's were trained with the tanh form; none is the exact one, the head's
-    n_position: int = 0   # encoder: rows of a learned table of positions; 0 = none, and any length
-    n_type: int = 0       # encoder: rows of a table of segment types
+
+    d_state: int = 16         # n, of S4, S4D, Mamba and Mamba-2
+    expand: int = 2           # Mamba: channels d = expand * d_model; encoder: m = expand * d_model
+    d_conv: int = 4           # k, taps of Mamba's causal convolution
+    bias: bool = False        # Mamba's projections in and out; no released model has one
+    conv_bias: bool = True
+    head_dim: int = 64        # p, Mamba-2
+    n_group: int = 1          # g, Mamba-2
+
+    n_head: int = 4           # attention
+    n_kv_head: int = 4        # heads of k and v, each shared by n_head / n_kv_head queries
+    window: int = 0           # each position sees the last `window` positions; 0 = all
+    rope_base: float = 10000.0
+    rope_scaling: tuple = ()  # Llama 3.1's four numbers, see slow_down
+    d_mlp: int = 0            # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
+
+    block: str = ""           # encoder: gated or stacked
+    gelu: str = "tanh"        # encoder's blocks; none is the exact gelu, which the head always has
+    n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none, and any length
 
     def __post_init__(self):
-        self.layers, self.rope_scaling = tuple(self.layers), tuple(self.rope_scaling)
+        self.layers = tuple(self.layers)
+        self.rope_scaling = tuple(self.rope_scaling)
         self.merges = tuple(map(tuple, self.merges))
-        if self.block and self.block not in BLOCKS:
-            raise UserError(f"--block {self.block} is not one of {', '.join(BLOCKS)}")
+        require(self.layers, "a model needs at least one layer")
         mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
-            if (layer if self.block else layer.removesuffix("+mlp")) not in mixers:
-                raise UserError(f'layer "{layer}" is not one of {", ".join(mixers)}'
-                                  + " for an encoder" * bool(self.block))
-        for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head", "n_kv_head"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is not positive")
-        if not self.layers:
-            raise UserError("--n_layer 0: a model needs at least one layer")
-        kinds = self.kinds
-        if "attention" in kinds:
-            _divides(self.d_model, "d_model", self.n_head, "n_head", 2)
-            _divides(self.n_head, "n_head", self.n_kv_head, "n_kv_head")
-        if kinds & {"s4", "s4d"} and self.d_state % 2:
-            raise UserError(f"--d_state {self.d_state} is odd, but s4 and s4d keep conjugate pairs; "
-                              f"try {self.d_state + 1}")
-        if "mamba2" in kinds:
-            _divides(self.d_model, "d_model", self.head_dim, "head_dim", factor=self.expand)
+            is_one_of("layer", layer if self.block else layer.removesuffix("+mlp"), mixers)
+        is_one_of("block", self.block, ["", *BLOCKS])
+        is_one_of("norm", self.norm, ["rms", "layer"])
+        for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head",
+                     "n_kv_head", "n_group"):
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
+        if "attention" in self.kinds:
+            self.is_multiple("d_model", 2 * self.n_head, f"n_head {self.n_head} with heads of even size")
+            self.is_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
+        if self.kinds & {"s4", "s4d"}:
+            self.is_multiple("d_state", 2, "s4 or s4d, which keep conjugate pairs,")
+        if "mamba2" in self.kinds:
+            unit = self.head_dim // math.gcd(self.head_dim, self.expand)
+            self.is_multiple("d_model", unit, f"head_dim {self.head_dim} with expand {self.expand}")
+            heads = self.expand * self.d_model // self.head_dim
+            require(heads % self.n_group == 0, f"{heads} heads do not divide into n_group {self.n_group}")
+
+    def is_multiple(self, name, unit, why):
+        """UserError unless the size of that name is a multiple of unit, with the nearest sizes that are."""
+        size = getattr(self, name)
+        low = max(size // unit, 1) * unit
+        require(size % unit == 0, f"{name} {size} is not a multiple of {unit}, as {why} needs; "
+                                  f"try {low} or {low + unit}")
 
     @property
     def kinds(self):
@@ -90,40 +106,33 @@ class Config:
         return {layer.removesuffix("+mlp") for layer in self.layers}
 
 
-def _divides(whole, whole_name, part, part_name, times=1, factor=1):
-    """Error unless part * times divides whole * factor, with the nearest sizes of the whole that would do."""
-    unit = part * times // math.gcd(part * times, factor)
-    if whole % unit:
-        low = max(whole // unit, 1) * unit
-        product = f" times {factor}" if factor > 1 else ""
-        also = " into even sizes" if times > 1 else ""
-        raise UserError(f"--{whole_name} {whole}{product} is not divisible by --{part_name} {part}{also}; "
-                          f"try --{whole_name} {low} or {low + unit}")
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 
-class Linear(nn.Linear):
-    """y = W x + b. On a CPU a large W meets a single x as eight products of an eighth of the rows each, so that every
-    thread reads rows of its own: at 20 GB/s where one product of the BLAS has 14 and memory 22 (two cores, float32)."""
-
-    def forward(self, x):
-        rows, columns = self.weight.shape
-        if x.numel() != columns or rows % 8 or self.weight.numel() < 2**20 or x.device.type != "cpu":
-            return super().forward(x)
-        eighths = self.weight.view(8, -1, columns)
-        y = torch.bmm(x.reshape(1, 1, -1).expand(8, -1, -1), eighths.mT).view(*x.shape[:-1], rows)
-        return y if self.bias is None else y + self.bias
+def is_one_of(name, value, known):
+    require(value in known, f'{name} "{value}" is not one of {", ".join(filter(None, known))}')
 
 
 def make_norm(c):
     return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
 
 
+def scan_upto(scan, sequences, state, upto):
+    """y and state of scan(*sequences, state), sequences (b, l, ...); with upto the state after the first upto steps."""
+    y, after = scan(*sequences, state)
+    if upto is not None:
+        after = scan(*(t[:, :upto] for t in sequences), state)[1]
+    return y, after
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# S4 and S4D: every channel a linear system of its own that does not look at what it reads
+# S4 and S4D: every channel is a linear system of its own, with A, B, C and dt that do not depend on the input
 
 
 def init_log_dt(size):
-    """log dt for dt log-uniform in [0.001, 0.1]: a step that small remembers for 1/dt, hence 10 to 1,000 bytes."""
+    """log dt for dt log-uniform in [0.001, 0.1]: a mode with Re A near -1 remembers for 1/dt, 10 to 1,000 bytes."""
     return torch.rand(size) * math.log(100) + math.log(0.001)
 
 
@@ -134,31 +143,32 @@ class S4State(NamedTuple):
 class S4D(nn.Module):
     """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
 
-    y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, for C B is all that counts.
-    n = d_state real numbers a channel are n/2 complex modes, each standing for itself and its conjugate: hence 2 C, and
-    this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
-    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part.
+    y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, since only C B matters.
+    n = d_state real numbers per channel are n/2 complex modes, each standing for itself and its conjugate: hence 2 C,
+    and this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
+    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part. A small change of dt or A changes the whole
+    kernel, so these learn slowly.
     """
+    slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
 
     def __init__(self, c):
         super().__init__()
-        d, A = c.d_model, s4d_init("lin", c.d_state)[0]
+        d = c.d_model
+        A = s4d_init("lin", c.d_state)[0]
         self.log_dt = nn.Parameter(init_log_dt(d))
         self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
         self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
         self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
         self.D = nn.Parameter(torch.randn(d))
-        self.out_proj = Linear(d, 2 * d)
+        self.out_proj = nn.Linear(d, 2 * d)
 
-    def systems(self, x, h):
+    def scan(self, x, h):
         A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
         return s4d(x, torch.exp(self.log_dt), A, 1.0, 2 * torch.view_as_complex(self.C), self.D, h)
 
     def forward(self, x, state=None, upto=None):
-        before, = state or (None,)
-        y, h = self.systems(x, before)
-        if upto is not None:  # for all rows: with steps of their own they would be at different powers of Abar
-            h = self.systems(x[:, :upto], before)[1]
+        h = None if state is None else state.h
+        y, h = scan_upto(self.scan, [x], h, upto)
         return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
 
 
@@ -167,84 +177,48 @@ class S4(S4D):
 
     P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
     """
+    slow = (*S4D.slow, "P", "B")
 
     def __init__(self, c):
         super().__init__(c)
-        n = c.d_state
-        Lambda, P, B, _ = (t[n // 2:].to(torch.complex64).repeat(c.d_model, 1) for t in dplr_legs(n))
+        half = c.d_state // 2
+        Lambda, P, B, _ = (t[half:].to(torch.complex64).repeat(c.d_model, 1) for t in dplr_legs(c.d_state))
         with torch.no_grad():
             self.log_A_real.copy_((-Lambda.real).log())
             self.A_imag.copy_(Lambda.imag)
-        self.P, self.B = nn.Parameter(torch.view_as_real(P)), nn.Parameter(torch.view_as_real(B))
+        self.P = nn.Parameter(torch.view_as_real(P))
+        self.B = nn.Parameter(torch.view_as_real(B))
 
-    def systems(self, x, h):
+    def scan(self, x, h):
         Lambda = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
         halves = [Lambda, *(torch.view_as_complex(t) for t in (self.P, self.B, self.C))]
-        return s4(x, torch.exp(self.log_dt), *(torch.cat([t, t.conj()], dim=-1) for t in halves), self.D, h)
+        pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
+        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces that Mamba and Mamba-2 share
-
-
-def _shifted_products(seen, taps, bias):
-    """y_t = bias + sum_j taps_j x_{t+j}: seen (b, k-1+l, d), taps (k, d), bias (d,) -> y (b, l, d)."""
-    l = seen.shape[1] - len(taps) + 1
-    y = torch.addcmul(bias, seen[:, :l], taps[0])
-    for j in range(1, len(taps)):
-        y.addcmul_(seen[:, j:j + l], taps[j])
-    return y
-
-
-class _CausalConv(torch.autograd.Function):
-    """_shifted_products with a backward of its own.
-
-    The same shifted products run backwards, into one buffer: autograd would make a dozen tensors of the size of y, and
-    a tenth of a training step on a CPU goes into touching their memory.
-    """
-
-    @staticmethod
-    def forward(ctx, seen, taps, bias):
-        ctx.save_for_backward(seen, taps)
-        return _shifted_products(seen, taps, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        seen, taps = ctx.saved_tensors
-        l = dy.shape[1]
-        dseen, dtaps, buffer = torch.zeros_like(seen), torch.empty_like(taps), torch.empty_like(dy)
-        for j in range(len(taps)):
-            dseen[:, j:j + l].addcmul_(dy, taps[j])
-            torch.sum(torch.mul(dy, seen[:, j:j + l], out=buffer), (0, 1), out=dtaps[j])
-        return dseen, dtaps, dy.sum((0, 1))
+# Mamba and Mamba-2
 
 
 def causal_conv(x, weight, bias, tail, upto=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
-    x (b, l, d) · weight (d, 1, k), nn.Conv1d's layout · bias (d,) · tail (b, k-1, d), the inputs before x. None is 0.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail for what comes after position upto, or l.
+    x (b, l, d), weight (d, 1, k), nn.Conv1d's layout, bias (d,), tail (b, k-1, d), the inputs before x. None is 0.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, or after all.
+    On two cores F.conv1d with groups=d takes 1.4 to 1.7 times as long.
     """
-    (b, l, d), k = x.shape, weight.shape[2]
+    b, l, d = x.shape
+    k = weight.shape[2]
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
-    if bias is None:
-        bias = weight.new_zeros(d)
     seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    if isinstance(upto, torch.Tensor):
-        tail = seen.gather(1, (upto[:, None, None] + torch.arange(k - 1, device=x.device)[:, None]).expand(b, k - 1, d))
-    else:
-        end = l if upto is None else upto
-        tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
-    taps = weight[:, 0].T
-    if takes_triton("auto", seen):
-        return triton_conv(seen, taps, bias), tail
-    wide = seen.to(torch.promote_types(x.dtype, weight.dtype))
-    if l <= 32:  # all in one product: few operations for few bytes, and k times their memory
-        return (wide.unfold(1, k, 1).mT * taps).sum(2) + bias, tail
-    convolve = _CausalConv.apply if torch.is_grad_enabled() else _shifted_products  # bookkeeping costs as much again
-    return convolve(wide, taps.contiguous(), bias), tail
+    end = l if upto is None else upto
+    tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
+    seen = seen.to(torch.promote_types(x.dtype, weight.dtype))
+    y = weight.new_zeros(d) if bias is None else bias
+    for j in range(k):
+        y = torch.addcmul(y, seen[:, j:j + l], weight[:, 0, j])
+    return y, tail
 
 
 def inverse_softplus(dt):
@@ -254,79 +228,91 @@ def inverse_softplus(dt):
 
 def init_dt_bias(size):
     """b with softplus(b) = dt, spread as in S4."""
-    return inverse_softplus(torch.exp(init_log_dt(size)).clamp(min=1e-4))
+    return inverse_softplus(torch.exp(init_log_dt(size)))
 
 
 class MambaState(NamedTuple):
-    conv: torch.Tensor  # (b, k-1, channels), the last inputs of the convolution
+    tail: torch.Tensor  # (b, k-1, channels), the last inputs of the convolution
     h: torch.Tensor     # Mamba (b, d, n), Mamba-2 (b, nh, p, n); float32 or wider
 
 
 class Mamba(nn.Module):
     """The block of Mamba (Gu and Dao 2023, figure 3): gate and input, convolution, selective scan, gated output.
 
-    u, z = W_in x;   u = silu(conv(u));   dt, B, C = W_x u;   y = selective_scan(u, softplus(W_dt dt + b), A, B, C, D);
+    x, z = W_in input;   x = silu(conv(x));   dt, B, C = W_x x;   y = selective_scan(x, softplus(W_dt dt + b), A, ...)
     output W_out (y * silu(z)). Channels d = expand * d_model, A = -exp(A_log), dt through a bottleneck of d_model/16.
     """
 
     def __init__(self, c):
         super().__init__()
-        d, n, rank = c.expand * c.d_model, c.d_state, math.ceil(c.d_model / 16)
-        self.in_proj = Linear(c.d_model, 2 * d, bias=c.bias)
-        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # the weights; causal_conv does the work
-        self.x_proj = Linear(d, rank + 2 * n, bias=False)
-        self.dt_proj = Linear(rank, d)
+        d = c.expand * c.d_model
+        n = c.d_state
+        rank = math.ceil(c.d_model / 16)
+        self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # only its weights are used
+        self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real: A = -1 .. -n
         self.D = nn.Parameter(torch.ones(d))
-        self.out_proj = Linear(d, c.d_model, bias=c.bias)
+        self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(init_dt_bias(d))
 
+    def scan(self, x, dt, B, C, h):
+        return selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, h)
+
     def forward(self, x, state=None, upto=None):
         n = self.A_log.shape[1]
-        conv, h = state or (None, None)
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, upto)
-        u = F.silu(u)
-        dt, B, C = self.x_proj(u).split([self.dt_proj.in_features, n, n], dim=-1)
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
-        y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h, keep=upto)
-        return self.out_proj(y * F.silu(z)), MambaState(conv, h)
+        tail, h = (None, None) if state is None else state
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
+        x, tail = causal_conv(x, self.conv1d.weight, self.conv1d.bias, tail, upto)
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # under autocast this sum stays float32
+        y, h = scan_upto(self.scan, [x, F.softplus(dt), B, C], h, upto)
+        return self.out_proj(y * F.silu(z)), MambaState(tail, h)
 
 
 class Mamba2(nn.Module):
-    """The block of Mamba-2 (Dao and Gu 2024, section 7): one projection for all, one decay a head, a norm at the end.
+    """The block of Mamba-2 (Dao and Gu 2024, section 7): one projection for all, one decay per head, a norm at the end.
 
-    z, u, B, C, dt = W_in x;   u, B, C = silu(conv(u, B, C));   y = ssd(u, softplus(dt + dt_bias), A, B, C, D);
+    z, xBC, dt = W_in input;   x, B, C = silu(conv(xBC));   y = ssd(x, softplus(dt + dt_bias), A, B, C, D)
     output W_out (RMSNorm(y * silu(z))): the gate comes before the norm, and each of the g groups is normed on its own.
     """
 
     def __init__(self, c):
         super().__init__()
-        d, nh = c.expand * c.d_model, c.expand * c.d_model // c.head_dim
-        self.sizes = [d, d + 2 * c.n_group * c.d_state, nh]  # z | x B C | dt
-        self.heads, self.groups, self.n = nh, c.n_group, c.d_state
-        self.in_proj = Linear(c.d_model, sum(self.sizes), bias=c.bias)
-        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], c.d_conv, groups=self.sizes[1], bias=c.conv_bias)
-        self.dt_bias = nn.Parameter(init_dt_bias(nh))
-        self.A_log = nn.Parameter(torch.log(torch.empty(nh).uniform_(1, 16)))
-        self.D = nn.Parameter(torch.ones(nh))
+        d = c.expand * c.d_model
+        gn = c.n_group * c.d_state
+        self.heads = d // c.head_dim
+        self.groups = c.n_group
+        self.parts = [d, d + 2 * gn, self.heads]  # z | x B C | dt
+        self.conv_parts = [d, gn, gn]
+        self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=c.bias)
+        self.conv1d = nn.Conv1d(d + 2 * gn, d + 2 * gn, c.d_conv, groups=d + 2 * gn, bias=c.conv_bias)
+        self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
+        self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))
+        self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
-        self.out_proj = Linear(d, c.d_model, bias=c.bias)
+        self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
+
+    def scan(self, x, dt, B, C, h):
+        return ssd(x, dt, -torch.exp(self.A_log), B, C, self.D, h)
 
     def forward(self, x, state=None, upto=None):
-        conv, h = state or (None, None)
-        z, u, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        u, conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, upto)
-        d, gn = self.sizes[0], self.groups * self.n
-        u, B, C = F.silu(u).split([d, gn, gn], dim=-1)
+        tail, h = (None, None) if state is None else state
+        z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)
+        xBC, tail = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, tail, upto)
+        x, B, C = F.silu(xBC).split(self.conv_parts, dim=-1)
+        x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
+        B = B.unflatten(-1, (self.groups, -1))  # (b, l, g, n)
+        C = C.unflatten(-1, (self.groups, -1))
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        y, h = ssd(u.unflatten(-1, (self.heads, -1)), dt, -torch.exp(self.A_log),
-                   B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1)), self.D, h, keep=upto)
+        y, h = scan_upto(self.scan, [x, dt, B, C], h, upto)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
-        return self.out_proj(y), MambaState(conv, h)
+        return self.out_proj(y), MambaState(tail, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,8 +345,9 @@ def rotate(x, position, base, scaling=()):
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
         frequency = slow_down(frequency, *scaling)
-    angle = (position + torch.arange(x.shape[1], device=x.device, dtype=dtype))[:, None, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (l, 1, half)
+    positions = position + torch.arange(x.shape[1], device=x.device, dtype=dtype)
+    angle = positions[:, None, None] * frequency  # (l, 1, half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
@@ -370,42 +357,52 @@ class Attention(nn.Module):
 
     Its state is the cache of keys and values. With a window w every position sees itself and the w - 1 before it, so a
     cache of w - 1 is exact: constant memory here too, at the price of a model that cannot look further back.
-    upto is one number: rows that keep different numbers of positions would need caches of different lengths.
     """
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.size = c.n_head, c.n_kv_head, c.d_model // c.n_head
-        self.window, self.rope = c.window, (c.rope_base, c.rope_scaling)
-        self.q_proj = Linear(c.d_model, self.heads * self.size, bias=False)
-        self.k_proj = Linear(c.d_model, self.kv_heads * self.size, bias=False)
-        self.v_proj = Linear(c.d_model, self.kv_heads * self.size, bias=False)
-        self.o_proj = Linear(self.heads * self.size, c.d_model, bias=False)
+        self.size = c.d_model // c.n_head
+        self.window = c.window
+        self.rope = (c.rope_base, c.rope_scaling)
+        self.q_proj = nn.Linear(c.d_model, c.n_head * self.size, bias=False)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * self.size, bias=False)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * self.size, bias=False)
+        self.out_proj = nn.Linear(c.n_head * self.size, c.d_model, bias=False)
+
+    def project(self, x, position):
+        """q, k rotated, and v: (b, l, heads, size)."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, position, *self.rope), rotate(k, position, *self.rope), v
+
+    def attend(self, q, k, v, **mask):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, heads, l, size)
+        shared = q.shape[1] > k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **mask)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def forward(self, x, state=None, upto=None):
         l = x.shape[1]
         position = x.new_zeros((), dtype=torch.long) if state is None else state.position
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), position, *self.rope)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), position, *self.rope)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+        q, k, v = self.project(x, position)
         if state is not None:
-            k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
+            k = torch.cat([state.k.to(k.dtype), k], dim=1)
+            v = torch.cat([state.v.to(v.dtype), v], dim=1)
+        keys = k.shape[1]
         passed = l if upto is None else upto
-        end = k.shape[1] - l + passed
+        end = keys - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
-        cache = (t[:, first:end] for t in (k, v))
-        cache = (t.clone() for t in cache) if self.window and l > 1 else cache  # a view would keep a long prompt's
+        cache = [t[:, first:end] for t in (k, v)]
+        if first and not torch.is_grad_enabled():
+            cache = [t.clone() for t in cache]  # a view would keep a long prompt in memory
         state = AttentionState(*cache, position + passed)
-        share = self.heads // self.kv_heads
-        q, k, v = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t, r in ((q, 1), (k, share), (v, share)))
-        if l > 1 and (k.shape[2] > l or 0 < self.window < l):
-            seen, keys = k.shape[2] - l, torch.arange(k.shape[2], device=x.device)
-            ahead = keys - seen - torch.arange(l, device=x.device)[:, None]  # (l, keys): how far a key lies ahead
-            mask = ahead <= 0 if not self.window else (ahead <= 0) & (ahead > -self.window)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=l > 1)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), state
+        if l == 1 or (keys == l and not 0 < self.window < l):
+            return self.attend(q, k, v, is_causal=l > 1), state
+        query = torch.arange(keys - l, keys, device=x.device)[:, None]
+        distance = query - torch.arange(keys, device=x.device)  # (l, keys)
+        mask = distance >= 0
+        if self.window:
+            mask &= distance < self.window
+        return self.attend(q, k, v, attn_mask=mask), state
 
 
 class MLP(nn.Module):
@@ -413,31 +410,39 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        hidden = c.d_mlp or -(-8 * c.d_model // 3 // 32) * 32
-        self.gate_proj = Linear(c.d_model, hidden, bias=False)
-        self.up_proj = Linear(c.d_model, hidden, bias=False)
-        self.down_proj = Linear(hidden, c.d_model, bias=False)
+        hidden = c.d_mlp or math.ceil(c.d_model / 12) * 32
+        self.gate_proj = nn.Linear(c.d_model, hidden, bias=False)
+        self.up_proj = nn.Linear(c.d_model, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, c.d_model, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
-KEEP_BY_ROW = {"mamba", "mamba2"}  # whose keep may be a tensor (b,)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), and where the layer's name ends in "+mlp", x + mlp(norm(x)) after it."""
+    """x + mixer(norm(x)), and where the layer's name ends in "+mlp", x + mlp(norm(x)) after it.
+
+    A mixer's last map is called out_proj. Each block adds to the residual stream, so the maps that write into it begin
+    smaller in a deep model, by sqrt(n_layer): the stream's variance does not grow with depth.
+    """
 
     def __init__(self, c, layer):
         super().__init__()
+        name, _, mlp = layer.partition("+")
         self.norm = make_norm(c)
-        self.mixer = MIXERS[layer.removesuffix("+mlp")](c)
-        self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if layer.endswith("+mlp") else (None, None)
+        self.mixer = MIXERS[name](c)
+        self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if mlp else (None, None)
         self.dropout = nn.Dropout(c.dropout)
+        with torch.no_grad():
+            self.mixer.out_proj.weight /= math.sqrt(len(c.layers))
+            if mlp:
+                self.mlp.down_proj.weight /= math.sqrt(len(c.layers))
 
     def forward(self, x, state=None, upto=None):
         y, state = self.mixer(self.norm(x), state, upto)
@@ -448,10 +453,9 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """Tokens (b, l) -> logits (b, l, vocab), each position's of the next token, and the state after the last, or after
-    the first keep.
-
-    The residual stream stays in the parameters' dtype; under autocast only the projections are narrow.
+    """Tokens (b, l) -> logits (b, l, vocab), at each position for the token after it, and the state after the last
+    position, or after the first upto. The residual stream stays in the parameters' dtype; under autocast only the
+    projections are narrow.
     """
 
     def __init__(self, config):
@@ -460,60 +464,49 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
-        self.lm_head = Linear(c.d_model, c.vocab, bias=False)
+        self.lm_head = nn.Linear(c.d_model, c.vocab, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)  # small logits: the first guess is nearly uniform
         if c.tie:
             self.embedding.weight = self.lm_head.weight
-        with torch.no_grad():  # every layer adds to the residual stream: keep its variance from growing with depth
-            for name, p in self.named_parameters():
-                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    p /= math.sqrt(len(c.layers))
 
     def forward(self, tokens, state=None, upto=None):
-        if upto is not None:
-            self.check_keep(upto, tokens.shape[1])
-        x, states = self.embedding(tokens), []
-        for layer, s in zip(self.layers, state or [None] * len(self.layers)):
+        if upto is not None and not 1 <= upto <= tokens.shape[1]:
+            raise ValueError(f"upto {upto} is not from 1 to {tokens.shape[1]}, the number of positions")
+        x = self.embedding(tokens)
+        states = []
+        for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):
             x, s = layer(x, s, upto)
             states.append(s)
         return self.lm_head(self.norm_f(x)), tuple(states)
 
-    def check_keep(self, upto, l):
-        """ValueError unless upto is a number from 1 to l, or a tensor where all layers are Mamba's."""
-        if isinstance(upto, torch.Tensor):
-            if others := self.config.kinds - KEEP_BY_ROW:
-                raise ValueError(f"layers of {', '.join(sorted(others))} keep one number of positions for all rows")
-        elif not 1 <= upto <= l:
-            raise ValueError(f"upto {upto} is not from 1 to {l}, the number of positions")
-
     @property
     def recurrent(self):
         """True if no layer is attention: the state has one size from the first byte on."""
-        return not any(layer.startswith("attention") for layer in self.config.layers)
+        return "attention" not in self.config.kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The bidirectional encoder: BiGS, and the three models it is compared with
 #
-# An encoder sees both sides of every position, so there is no state to carry: a layer is y = layer(x, real), with real
-# (b, l) False where a text has ended and padding begins, or None. What a mixer exchanges between positions, and what
-# the block around it does, are two choices:
+# An encoder sees both sides of every position, so there is no state to carry: a layer is y = layer(x). What a mixer
+# exchanges between positions, and what the block around it does, are two choices:
 #
 #                 gated                                       stacked
 #    s4d          BiGS                                        a transformer, its attention replaced
 #    attention    a gate instead of the two-layer network     a transformer
 #
-# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights a layer,
-# not counting biases and the SSMs' few numbers.
+# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights per layer, not counting biases and the SSMs'
+# few numbers. Names of weights (du, duc, dv, dol, do, fs4, bs4) are those of the released checkpoint.
 
 
 class SharedS4D(nn.Module):
     """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022; x (b, l, d)).
 
-    K_l = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(l dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,
+    K_j = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(j dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,
     with dt = exp(log_dt), B = 1. The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each
     conjugate pair, so nothing is doubled.
     """
+    slow = ("log_dt", "A_real", "A_imag")
 
     def __init__(self, c):
         super().__init__()
@@ -534,36 +527,30 @@ class SharedS4D(nn.Module):
 class BidirectionalS4D(nn.Module):
     """The two directions of BiGS:  W_duc SSM(gelu(W_du h)), over the text as it stands and over the text reversed.
 
-    The product of the two, in a stacked block (which has no gates) their sum. Both see the present. Padding enters the
-    SSMs as zeros, so that what it holds never reaches the text; the published models let it flow backwards, as does
-    real = None.
+    The product of the two, or in a stacked block, which has no gates, their sum. Both see the present.
     """
 
     def __init__(self, c):
         super().__init__()
         d = c.d_model
-        self.du_forward, self.du_backward = Linear(d, d), Linear(d, d)
-        self.duc_forward, self.duc_backward = Linear(d, d), Linear(d, d)
+        self.du_forward, self.du_backward = nn.Linear(d, d), nn.Linear(d, d)
+        self.duc_forward, self.duc_backward = nn.Linear(d, d), nn.Linear(d, d)
         self.fs4, self.bs4 = SharedS4D(c), SharedS4D(c)
-        self.join, self.gelu = torch.mul if c.block == "gated" else torch.add, c.gelu
+        self.join = torch.mul if c.block == "gated" else torch.add
+        self.gelu = c.gelu
 
-    def forward(self, h, real=None):
-        f, b = (F.gelu(du(h), approximate=self.gelu) for du in (self.du_forward, self.du_backward))
-        if real is not None:
-            f, b = f * real[..., None], b * real[..., None]
-        forward = self.duc_forward(self.fs4(f))
-        return self.join(forward, self.duc_backward(self.bs4(b.flip(1)).flip(1)))
+    def forward(self, h):
+        forward = F.gelu(self.du_forward(h), approximate=self.gelu)
+        backward = F.gelu(self.du_backward(h), approximate=self.gelu)
+        backward = self.bs4(backward.flip(1)).flip(1)
+        return self.join(self.duc_forward(self.fs4(forward)), self.duc_backward(backward))
 
 
 class BidirectionalAttention(Attention):
-    """Attention without a mask, except over padding; its rotary positions reach any length."""
+    """Attention without a mask; its rotary positions reach any length."""
 
-    def forward(self, h, real=None):
-        q, k, v = (proj(h).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, 0, *self.rope), rotate(k, 0, *self.rope)
-        mask = None if real is None else real[:, None, None]
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+    def forward(self, h):
+        return self.attend(*self.project(h, 0))
 
 
 ENCODER_MIXERS = {"s4d": BidirectionalS4D, "attention": BidirectionalAttention}
@@ -575,14 +562,16 @@ class BiGS(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         d, m = c.d_model, c.expand * c.d_model
-        self.norm, self.mixer, self.gelu = make_norm(c), ENCODER_MIXERS[layer](c), c.gelu
-        self.dv, self.dol, self.do = Linear(d, m), Linear(d, m), Linear(m, d)
+        self.norm = make_norm(c)
+        self.mixer = ENCODER_MIXERS[layer](c)
+        self.dv, self.dol, self.do = nn.Linear(d, m), nn.Linear(d, m), nn.Linear(m, d)
+        self.gelu = c.gelu
 
-    def forward(self, x, real=None):
+    def forward(self, x):
         h = self.norm(x)
-        v = F.gelu(self.dv(h), approximate=self.gelu)
-        u = F.gelu(self.dol(self.mixer(h, real)), approximate=self.gelu)  # (b, l, m)
-        return x + self.do(u * v)
+        gate = F.gelu(self.dv(h), approximate=self.gelu)  # (b, l, m)
+        mixed = F.gelu(self.dol(self.mixer(h)), approximate=self.gelu)
+        return x + self.do(mixed * gate)
 
 
 class Stacked(nn.Module):
@@ -591,11 +580,14 @@ class Stacked(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         d, m = c.d_model, 3 * c.expand * c.d_model // 2
-        self.norm, self.mixer, self.gelu = make_norm(c), ENCODER_MIXERS[layer](c), c.gelu
-        self.mlp_norm, self.up_proj, self.down_proj = make_norm(c), Linear(d, m), Linear(m, d)
+        self.norm = make_norm(c)
+        self.mixer = ENCODER_MIXERS[layer](c)
+        self.mlp_norm = make_norm(c)
+        self.up_proj, self.down_proj = nn.Linear(d, m), nn.Linear(m, d)
+        self.gelu = c.gelu
 
-    def forward(self, x, real=None):
-        x = x + self.mixer(self.norm(x), real)
+    def forward(self, x):
+        x = x + self.mixer(self.norm(x))
         return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate=self.gelu))
 
 
@@ -603,10 +595,10 @@ BLOCKS = {"gated": BiGS, "stacked": Stacked}
 
 
 class Encoder(nn.Module):
-    """Tokens (b, l) -> logits (b, l, vocab), each position's of its own token, from both sides; the state is None.
+    """Tokens (b, l) -> logits (b, l, vocab), at each position for its own token, from both sides; the state is None.
 
-    real (b, l) is False at padding; types (b, l) name segments, all 0 if None. As in BERT the embeddings are summed and
-    normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and the embedding's weight again.
+    As in BERT the embeddings are normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and
+    the embedding's weight again. It has no mask for padding: batch texts of one length.
     """
     recurrent = False
 
@@ -615,52 +607,70 @@ class Encoder(nn.Module):
         c = self.config = config
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.position_table = nn.Embedding(c.n_position, c.d_model) if c.n_position else None
-        self.type_table = nn.Embedding(c.n_type, c.d_model) if c.n_type else None
-        self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
+        self.norm = make_norm(c)
+        self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in c.layers)
-        self.head, self.head_norm = Linear(c.d_model, c.d_model), make_norm(c)
-        self.lm_head = Linear(c.d_model, c.vocab)
+        self.head = nn.Linear(c.d_model, c.d_model)
+        self.head_norm = make_norm(c)
+        self.lm_head = nn.Linear(c.d_model, c.vocab)
         self.lm_head.weight = self.embedding.weight
-        for table in filter(None, (self.embedding, self.position_table, self.type_table)):
+        for table in filter(None, (self.embedding, self.position_table)):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
 
-    def forward(self, tokens, real=None, types=None):
+    def forward(self, tokens):
         x = self.embedding(tokens)
+        l = tokens.shape[1]
         if self.position_table is not None:
-            if tokens.shape[1] > self.config.n_position:
-                raise ValueError(f"{tokens.shape[1]} tokens, but the table of positions has {self.config.n_position}")
-            x = x + self.position_table.weight[:tokens.shape[1]]
-        if self.type_table is not None:
-            x = x + self.type_table(torch.zeros_like(tokens) if types is None else types)
+            if l > self.config.n_position:
+                raise ValueError(f"{l} tokens, but the table of positions has {self.config.n_position}")
+            x = x + self.position_table.weight[:l]
         x = self.dropout(self.norm(x))
         for layer in self.layers:
-            x = layer(x, real)
+            x = layer(x)
         return self.lm_head(self.head_norm(F.gelu(self.head(x)))), None
 
 
 def make_model(config):
     """The model that a config is the shape of."""
-    return (Encoder if config.block else LM)(config)
+    return Encoder(config) if config.block else LM(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
 
 def save(path, model, layout="own", **extra):
     """Config, weights and whatever extra a run keeps, in one file, which appears under its name when it is whole.
 
     Any other layout of data/checkpoints.py (hf opens in transformers) is a folder for another program, without extra.
     """
+    config = dataclasses.asdict(model.config)
     if layout != "own":
-        return write(path, layout, dataclasses.asdict(model.config), model.state_dict())
+        return write(path, layout, config, model.state_dict())
+    content = {"format": FORMAT, "torch": str(torch.__version__), "config": config,
+               "model": model.state_dict(), **extra}
     try:
         with whole_file(Path(path)) as file:
-            torch.save({"format": FORMAT, "torch": str(torch.__version__), "config": dataclasses.asdict(model.config),
-                        "model": model.state_dict(), **extra}, file)
+            torch.save(content, file)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; "
-                              "the file there before is untouched") from e
+        reason = str(e).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; the file there before is untouched") from e
+
+
+def find_weights(path):
+    """The file that path is, or has inside: best.pt, last.pt, or a published checkpoint's."""
+    require(path.exists(), f"no checkpoint at {path}; train one: python train.py --out "
+                           f"{path.parent if path.suffix == '.pt' else path}")
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / name).exists():
+            return path / name
+    found = find(path)
+    require(found, f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
+                   f"train one: python train.py --out {path}")
+    return found
 
 
 def load(path, device="cpu"):
@@ -669,17 +679,9 @@ def load(path, device="cpu"):
 
     The tensors of the file become the parameters: there is never a second copy of the weights.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()] or [find(path)]
-        if not found[0]:
-            raise UserError(f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
-                                  f"train one: python train.py --out {path}")
-        path = found[0]
-    elif not path.exists():
-        folder = path.parent if path.suffix == ".pt" else path
-        raise UserError(f"no checkpoint at {path}; train one: python train.py --out {folder}")
-    extra, layout = read_file(path), None
+    path = find_weights(Path(path))
+    extra = read_file(path)
+    layout = None
     if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)
         extra = {"layout": layout, "config": config, "model": weights}
@@ -687,8 +689,8 @@ def load(path, device="cpu"):
         with torch.device("meta"):
             model = make_model(Config(**extra.pop("config")))
         weights = extra.pop("model")
-        if wrong := misfits(layout, model.state_dict(), weights):
-            raise ValueError(wrong)
+        wrong = misfits(layout, model.state_dict(), weights)
+        require(not wrong, wrong)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

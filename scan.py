@@ -1,27 +1,41 @@
-"""The recurrence h_t = a_t h_{t-1} + b_t, from the continuous system up to fast scans.
+"""The recurrence h_t = a_t h_{t-1} + b_t, from a differential equation to fast scans.
 
-Read it top to bottom. Section 1 turns a differential equation into a recurrence; section 2 solves the recurrence by
-a loop, by a tree and in chunks; section 3 is S4, where it is a convolution; section 4 is the selective scan of Mamba,
-section 5 the matrix form of Mamba-2, section 6 the selective scan as it runs fast on a GPU.
-Every fast path computes what the naive one defines, and tests/ hold it to that, values and gradients.
+    >>> scan(torch.full((1, 4), 0.5), torch.ones(1, 4))      # a = 1/2, b = 1
+    tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
 
-Glossary. Capitals are the papers' state-space quantities, lower-case letters sizes of axes, words everything else.
+    1  discretization: a differential equation becomes a recurrence
+    2  the scan: the recurrence solved by a loop, by a tree, and in chunks
+    3  S4: where nothing depends on t, the recurrence is a convolution
+    4  the selective scan of Mamba
+    5  the matrix form of Mamba-2
+    6  the selective scan as GPU kernels
 
-    here       shape                      Mamba (2312.00752)   S4 (2111.00396)
-    x          (b, l, d)                  x                    u           input
-    h          (b, d, n)                  h                    x           state
-    y          (b, l, d)                  y                    y           output
-    dt         (b, l, d), positive        Delta                Delta       step size; S4 has one a channel
-    A          (d, n), Re A < 0           A                    A           h' = A h + B x, A diagonal
-    B, C       (b, l, n)                  B, C                 B, C        into and out of h; S4's do not move with t
-    D          (d,)                       (code only)          D           skip: y += D x
-    Abar Bbar  as dt A and dt B           A-bar, B-bar         A-bar, B-bar  discretized: h_t = Abar h_{t-1} + Bbar x_t
-    K          (d, l)                                          K-bar       kernel: y = K * x where nothing moves with t
-    Lambda P   (d, n), complex                                 Lambda, P   S4: A = diag(Lambda) - P P^*
-    b l d n    batch, length, channels, state size; Mamba-2: nh heads of size p, g groups that share B and C
+To understand Mamba, read 1, 2, 4 and 5. Section 3 from "The S4 kernel" on and section 6 are the hard parts, and nothing
+else needs them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients.
+This file needs torch alone (and Triton for section 6), so you may copy it as it is. ChunkedSelectiveScan with the two
+functions below it is 70 lines that stand alone.
 
-The state and everything that decays it are float32 or wider, whatever the caller's dtype and autocast say: bfloat16 has
-8 bits of mantissa and rounds a decay of 0.999 to 1, so a slowly forgetting state would never forget.
+Glossary. Capitals are the papers' state-space quantities, lower-case letters are sizes of axes, words are all else.
+
+    here       shape               Mamba (2312.00752)   S4 (2111.00396)
+    x          (b, l, d)           x                    u              input
+    h          (b, d, n)           h                    x              state
+    y          (b, l, d)           y                    y              output
+    dt         (b, l, d), > 0      Delta                Delta          step size; in S4 (d,)
+    A          (d, n), Re A < 0    A                    A              h' = A h + B x; A is diagonal
+    B, C       (b, l, n)           B, C                 B, C           into h and out of h; in S4 (d, n)
+    D          (d,)                (in its code)        D              skip: y += D x
+    Abar Bbar  (b, l, d, n)        A-bar, B-bar         A-bar, B-bar   discretized: h_t = Abar h_{t-1} + Bbar x_t
+    K          (d, l)                                   K-bar          kernel: y = K * x where nothing depends on t
+    Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*
+    u          shape of x                                              dt x, the input times its step size
+
+    b l d n    batch, length, channels, state size
+    nh p g     Mamba-2 (section 5): heads, channels per head, groups of heads that share B and C.
+               There x, y (b, l, nh, p), h (b, nh, p, n), dt (b, l, nh), A (nh,), B, C (b, l, g, n)
+
+The state and its decays are float32 or wider, whatever the caller's dtype and autocast say. bfloat16 has 8 bits of
+mantissa and rounds a decay of 0.999 to 1, so a state that forgets slowly would never forget.
 """
 import contextlib
 import functools
@@ -35,27 +49,84 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:  # everything but section 6 runs without
-    triton, no_triton = None, str(error)
+    triton = None
+    no_triton = str(error)
 
-    class tl:  # all that the definitions there ask for
+    class tl:
         constexpr = int
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing that all sections share: shapes, dtypes, the choice of a path. Skip it at first.
+
+
+def _check(function, **tensors):
+    """{letter: size} of the axes, from name=(tensor or None, "b l d"); ValueError names what does not fit."""
+    sizes = {}
+    for name, (tensor, letters) in tensors.items():
+        if tensor is None:
+            continue
+        axes = letters.split()
+        shape = tuple(tensor.shape)
+        if len(shape) == len(axes):
+            expected = tuple(sizes.setdefault(a, size) for a, size in zip(axes, shape))
+        if len(shape) != len(axes) or shape != expected:
+            known = ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes)
+            raise ValueError(f"{function}: {name} has shape {shape}, expected ({known})")
+    if sizes.get("l") == 0:
+        raise ValueError(f"{function} needs at least one step, but the length l is 0")
+    return sizes
+
+
+def _wide_dtype(*tensors):
+    """The dtype that holds them all and is at least float32. None is skipped."""
+    return functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None}, torch.float32)
+
+
+def _widen(*tensors):
+    """All tensors in that dtype. None stays None."""
+    dtype = _wide_dtype(*tensors)
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def _no_autocast(device):
+    """A context that turns autocast off, if it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _choose(impl, auto, paths):
+    """The function that impl names in the table paths; impl "auto" stands for the name auto."""
+    name = auto if impl == "auto" else impl
+    if name not in paths:
+        raise ValueError(f'impl "{impl}" is not one of {", ".join([*paths, "auto"])}')
+    return paths[name]
+
+
+def _takes_triton(x, n):
+    """Whether impl="auto" runs section 6: Triton is here and compiles for this GPU, and it can be worth it."""
+    if triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
+        return False
+    return x.shape[1] > 1 and n <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
 #
-# All rules agree as dt -> 0; they differ in what they assume about x between two samples and in how stable they are.
+# All rules agree as dt -> 0. They differ in what they assume about x between two samples, and in how stable they are.
 
 
 def discretize(dt, A, B, rule="mamba"):
-    """Abar, Bbar of one step of length dt, for a diagonal A: everything is elementwise and broadcasts.
+    """Abar, Bbar of one step of length dt for a diagonal A. All is elementwise and broadcasts; real or complex.
 
-    zoh       Abar = exp(dt A),               Bbar = (exp(dt A) - 1) / A * B         exact if x is held; Mamba eq. 4
-    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2),  Bbar = dt / (1 - dt A/2) * B        trapezoid; S4 eq. 3
-    euler     Abar = 1 + dt A,                Bbar = dt B                            first order; unstable for large dt
-    mamba     Abar = exp(dt A),               Bbar = dt B                            zoh for A, Euler for B
+    zoh       Abar = exp(dt A)                    Bbar = (exp(dt A) - 1)/A B       exact if x is held; Mamba eq. 4
+    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         trapezoid; S4 eq. 3
+    euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
+    mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
 
-    The Mamba paper prints zoh for both, its code computes the rule named mamba here, and so do all its checkpoints: B
-    is learned, so a factor (exp(z) - 1)/z close to 1 (z = dt A) costs time and buys nothing. Real or complex.
+    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. The two are not
+    close: Bbar differs by the factor (exp(z) - 1)/z, z = dt A, which is 0.50 at Mamba's own initialization z = -1.6.
+    Nor can B make up for it, since B is shared by all channels. The simpler rule just trains as well, at less cost.
     """
     z = dt * A
     if rule == "mamba":
@@ -64,131 +135,107 @@ def discretize(dt, A, B, rule="mamba"):
         return 1 + z, dt * B
     if rule == "bilinear":
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
-    if rule == "zoh":  # expm1 keeps the digits that exp(z) - 1 loses; the series keeps value and gradient at z = 0
+    if rule == "zoh":  # expm1 keeps the digits that exp(z) - 1 loses; the series has the value and gradient at z = 0
         safe = torch.where(z == 0, torch.ones_like(z), z)
-        return torch.exp(z), dt * torch.where(z == 0, 1 + z / 2, torch.expm1(safe) / safe) * B
+        factor = torch.where(z == 0, 1 + z / 2, torch.expm1(safe) / safe)
+        return torch.exp(z), dt * factor * B
     raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
 
 
 def discretize_dense(dt, A, B, rule="zoh"):
-    """The same rules for a full matrix A (n, n) and B (n,), dt a number: Abar (n, n), Bbar (n,).
+    """The same for a full matrix: dt a number, A (n, n), B (n,) -> Abar (n, n), Bbar (n,); zoh and bilinear.
 
     zoh needs no inverse of A, which may be singular: exp(dt [[A, B], [0, 0]]) = [[Abar, Bbar], [0, 1]] (Van Loan 1978).
     """
     n = len(A)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
-    if rule == "mamba":
-        return torch.linalg.matrix_exp(dt * A), dt * B
-    if rule == "euler":
-        return eye + dt * A, dt * B
-    if rule == "bilinear":
-        both = torch.linalg.solve(eye - dt / 2 * A, torch.cat([eye + dt / 2 * A, dt * B[:, None]], dim=1))
-        return both[:, :n], both[:, n]
     if rule == "zoh":
-        both = torch.linalg.matrix_exp(dt * F.pad(torch.cat([A, B[:, None]], dim=1), (0, 0, 0, 1)))
+        AB = F.pad(torch.cat([A, B[:, None]], dim=1), (0, 0, 0, 1))  # a row of zeros below
+        both = torch.linalg.matrix_exp(dt * AB)
         return both[:n, :n], both[:n, n]
-    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
+    if rule == "bilinear":
+        left = eye - dt / 2 * A
+        return torch.linalg.solve(left, eye + dt / 2 * A), torch.linalg.solve(left, dt * B)
+    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
 #
-#               work      depth       extra memory
-#    naive      l         l           autograd keeps every product
-#    parallel   2 l       2 log2 l    a and b again at every level of the tree
-#    chunked    2 l       2 sqrt(l)   a running product of a; gradients by a second scan, backwards
+#               combinations   depth        extra memory
+#    naive      l              l            autograd keeps every product
+#    parallel   2 l            2 log2 l     a and b again on every level of a tree
+#    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
+#
+# (One combination is the a h + b of one step; depth counts those that must wait for each other.)
 
 
 def scan(a, b, h0=None, impl="auto"):
-    """h_t = a_t h_{t-1} + b_t along axis 1, for any length >= 1, real or complex; h0 stands before the first step.
+    """h_t = a_t h_{t-1} + b_t along axis 1, for any length l >= 1, real or complex; h0 stands before the first step.
 
-    a broadcasts to b (b, l, ...); h0 (b, ...) has b's shape without axis 1; h (b, l, ...) is float32 or wider.
-    impl: naive, parallel, chunked, triton (real numbers, section 6), or auto: triton on a CUDA GPU, else chunked.
+    b (b, l, ...); a broadcasts to b; h0 (b, ...) has b's shape without axis 1, zero if None. Returns h (b, l, ...),
+    float32 or wider. impl: naive, parallel, chunked; auto is chunked.
     """
-    a, b, h0 = _wide(a, b, h0)
-    if b.shape[1] == 0:
-        raise ValueError(f"scan needs at least one step; b has shape {tuple(b.shape)}")
+    a, b, h0 = _widen(a, b, h0)
+    if b.ndim < 2 or b.shape[1] == 0:
+        raise ValueError(f"scan needs at least one step along axis 1, but b has shape {tuple(b.shape)}")
     if h0 is None:
         h0 = torch.zeros_like(b[:, 0])
-    path = _scan_triton if takes_triton(impl, b) else _pick(impl, SCANS, "chunked")
-    return path(a.expand_as(b), b, h0)
-
-
-def _wide_dtype(*tensors):
-    """The dtype that holds them all and is at least float32; None is no tensor."""
-    return functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None}, torch.float32)
-
-
-def _wide(*tensors):
-    """All tensors (None stays None) in the one dtype that holds them all and is at least float32."""
-    dtype = _wide_dtype(*tensors)
-    if all(t is None or t.dtype == dtype for t in tensors):
-        return tensors
-    return [t if t is None else t.to(dtype) for t in tensors]
-
-
-def _no_autocast(device):
-    """A context that narrows nothing; entering one costs as much as a small layer's step, so only where needed."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
-
-
-def _pick(impl, table, auto):
-    """The function that impl names."""
-    name = auto if impl == "auto" else impl
-    if name not in table:
-        names = [*table, "auto"] if table is SSDS else [*table, "triton", "auto"]
-        raise ValueError(f'impl "{impl}" is not one of {", ".join(names)}')
-    return table[name]
-
-
-def takes_triton(impl, x):
-    """Whether the kernels of section 6 run: asked for by name, or by auto on a GPU that Triton compiles for."""
-    if impl != "auto" or triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
-        return impl == "triton"
-    return torch.cuda.get_device_properties(x.device).major >= 8
+    elif h0.shape != b[:, 0].shape:
+        raise ValueError(f"scan: h0 has shape {tuple(h0.shape)}, expected {tuple(b[:, 0].shape)}")
+    return _choose(impl, "chunked", SCANS)(a.expand_as(b), b, h0)
 
 
 def _scan_naive(a, b, h):
-    """The definition. unbind, not a[:, t]: an index's backward writes a zero tensor as large as a, at every step."""
+    """The definition."""
     hs = []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # the backward of a[:, t] would fill a whole tensor with zeros
         h = a_t * h + b_t
         hs.append(h)
     return torch.stack(hs, dim=1)
 
 
 def _scan_parallel(a, b, h0):
-    """Blelloch's associative scan (1990): two steps are one, (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2).
+    """The associative scan (Blelloch 1990). Two steps in a row are one: a = a2 a1, b = a2 b1 + b2.
 
-    Pair the steps, scan the pairs (half as long), and the even positions follow from the odd ones by one step each.
+    steps     0     1     2     3     4       1. join neighbours to pairs
+              +--+--+     +--+--+     |
+    pairs       0-1         2-3       |       2. scan the pairs, half as many (recursion):
+                 |           |        |          this gives h_1 and h_3, the states after them
+    states    h_0 h_1     h_2 h_3    h_4      3. the states between follow by one step each:
+                                                 h_0 is b_0, h_2 comes from h_1, h_4 from h_3
     """
-    b = torch.cat([b[:, :1] + a[:, :1] * h0[:, None], b[:, 1:]], dim=1)  # the first step carries h0
-    return _associative(a, b)
+    first = b[:, :1] + a[:, :1] * h0[:, None]  # the first step carries h0
+    return _associative(a, torch.cat([first, b[:, 1:]], dim=1))
 
 
 def _associative(a, b):
     l = b.shape[1]
     if l == 1:
         return b
-    a1, a2, b1, b2 = a[:, 0:l - 1:2], a[:, 1::2], b[:, 0:l - 1:2], b[:, 1::2]  # l odd: the last step has no partner
-    odd = _associative(a2 * a1, a2 * b1 + b2)  # h_1, h_3, ...
-    even = torch.cat([b[:, :1], a[:, 2::2] * odd[:, :(l - 1) // 2] + b[:, 2::2]], dim=1)  # h_0, h_2, ...
+    left = slice(0, l - 1, 2)  # of each pair; if l is odd the last step has no partner
+    right = slice(1, l, 2)
+    a_pair = a[:, right] * a[:, left]
+    b_pair = a[:, right] * b[:, left] + b[:, right]
+    odd = _associative(a_pair, b_pair)  # h_1, h_3, ...
+    between = slice(2, l, 2)
+    even = a[:, between] * odd[:, :(l - 1) // 2] + b[:, between]  # h_2, h_4, ...
+    even = torch.cat([b[:, :1], even], dim=1)
     h = torch.stack([even[:, :l // 2], odd], dim=2).flatten(1, 2)
     return h if l % 2 == 0 else torch.cat([h, even[:, -1:]], dim=1)
 
 
 class _Scan(torch.autograd.Function):
-    """A scan by a function run that need not be differentiable, and its gradients by the same function.
+    """A scan by a function that need not be differentiable, and its gradients by the same function.
 
-    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2): with g_t = dL/dh_t in total,
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). With g_t = dL/dh_t in total,
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
     """
 
     @staticmethod
-    def forward(ctx, run, a, b, h0):
-        h = run(a, b, h0)
-        ctx.run = run
+    def forward(ctx, forward_scan, a, b, h0):
+        h = forward_scan(a, b, h0)
+        ctx.forward_scan = forward_scan
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -196,31 +243,41 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
-        a_next = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1).conj()  # nothing comes after the last step
-        g = ctx.run(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
-        before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
-        return None, g * before.conj(), g, a[:, 0].conj() * g[:, 0]
+        nothing = torch.zeros_like(a[:, :1])  # comes after the last step
+        a_next = torch.cat([a[:, 1:], nothing], dim=1).conj()
+        g = ctx.forward_scan(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
+        h_before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
+        return None, g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
 
 
 def _chunks_then_carries(a, b, h):
-    """sqrt(l) chunks of sqrt(l) steps: all chunks step together from h = 0, then the carries run through them.
+    """sqrt(l) chunks of sqrt(l) steps each, and fewer than sqrt(l) steps left over.
 
-    Inside a chunk h_t = (h_t from zero) + (a_t ... a_first) h_in, since the recurrence is linear in its initial state.
+    x x x | x x x | x x x | x x      1. every chunk from h = 0, all chunks at once: one column after the other
+    h --->  h --->  h --->  h -->    2. the state that enters chunk k is added: one chunk after the other
+
+    This is exact, since h is linear in the state h_in that enters: h_t = (h_t from zero) + (a_t ... a_first) h_in.
     """
-    size = max(1, math.isqrt(b.shape[1]))
-    whole = b.shape[1] // size * size
+    l = b.shape[1]
+    size = math.isqrt(l)
+    whole = l // size * size
     out = torch.empty_like(b)
-    chunks = out[:, :whole].unflatten(1, (-1, size))  # (b, chunks, size, ...)
-    step, decay = torch.zeros_like(chunks[:, :, 0]), torch.ones_like(chunks[:, :, 0])
-    decays = torch.empty_like(chunks)
+    chunks = out[:, :whole].unflatten(1, (-1, size))  # (b, chunks, size, ...), a view of out
+    decays = torch.empty_like(chunks)  # a_t ... a_first
+    state = torch.zeros_like(chunks[:, :, 0])
+    decay = torch.ones_like(state)
     for t in range(size):
-        a_t = a[:, t:whole:size]
-        step = chunks[:, :, t] = a_t * step + b[:, t:whole:size]
-        decay = decays[:, :, t] = a_t * decay
+        a_t = a[:, t:whole:size]  # (b, chunks, ...)
+        state = a_t * state + b[:, t:whole:size]
+        decay = a_t * decay
+        chunks[:, :, t] = state
+        decays[:, :, t] = decay
     for k in range(chunks.shape[1]):
-        h = torch.addcmul(chunks[:, k], decays[:, k], h[:, None], out=chunks[:, k])[:, -1]
-    for t in range(whole, b.shape[1]):  # fewer than sqrt(l) steps are left over
-        h = out[:, t] = a[:, t] * h + b[:, t]
+        chunks[:, k].addcmul_(decays[:, k], h[:, None])
+        h = chunks[:, k, -1]
+    for t in range(whole, l):
+        h = a[:, t] * h + b[:, t]
+        out[:, t] = h
     return out
 
 
@@ -228,21 +285,23 @@ SCANS = {"naive": _scan_naive, "parallel": _scan_parallel,
          "chunked": functools.partial(_Scan.apply, _chunks_then_carries)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Time-invariant systems (S4): one A, B, C for all time, so the recurrence is a convolution
+# 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
 #
-# A mass on a spring: position q, velocity v = q', and q'' = -k q - r v + x when a force x pushes it. With h = (q, v)
-# this is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0): two numbers remember all that
-# was ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
+# A mass on a spring: position q, velocity q', and q'' = -k q - r q' + x when a force x pushes it. With h = (q, q') this
+# is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0). Two numbers remember all that was
+# ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
 # Section 1 makes it a recurrence. Unrolled from h = 0 that reads
-#     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar, the answer to one push, j steps later        (S4 eq. 5)
-# so a whole sequence is one convolution, by FFT in l log l, and needs no state at all. A layer is d such systems of n
-# numbers each, and each has a step size dt of its own. Two questions are left: which A remembers well (HiPPO), and how
-# to get K without l products of matrices (S4: A is diagonal plus rank one in a complex basis; S4D: leave that one out).
+#     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar: the answer to one push, j steps later        (S4 eq. 5)
+# so a whole sequence is one convolution, by FFT in l log l operations, and needs no state at all. A layer is d such
+# systems of n numbers each, and each has its own step size dt. Two questions are left. Which A remembers well? (HiPPO.)
+# How does one get K without l products of matrices? (S4: A is diagonal plus rank one in a complex basis. S4D leaves out
+# the rank one.) For S4D alone, go on at "S4D" below; the S4 kernel is the hardest part of this file.
 
 
 def dense_kernel(Abar, Bbar, C, l):
     """K_j = C Abar^j Bbar for j < l, by the definition: Abar (n, n), Bbar and C (n,) -> K (l,)."""
-    K, h = [], Bbar
+    K = []
+    h = Bbar
     for _ in range(l):
         K.append(C @ h)
         h = Abar @ h
@@ -252,14 +311,17 @@ def dense_kernel(Abar, Bbar, C, l):
 def fft_conv(x, K, D=None):
     """y_t = sum_{j <= t} K_j x_{t-j} + D x_t: x (b, l, d), K (d, l) or (1, l), D (d,) or (1,) -> y (b, l, d).
 
-    y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing comes round.
+    y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing wraps around.
     """
-    l, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    l = x.shape[1]
     size = 1 << (2 * l - 2).bit_length()  # a power of two, the fastest
+    wide = x.to(_wide_dtype(x))
     with _no_autocast(x.device):  # there is no FFT in bfloat16
-        wide = x.to(dtype)
-        y = torch.fft.irfft(torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K.to(dtype), size).T, size, dim=1)[:, :l]
-        return (y if D is None else torch.addcmul(y, wide, D.to(dtype))).to(x.dtype)
+        product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K.to(wide.dtype), size).T
+        y = torch.fft.irfft(product, size, dim=1)[:, :l]
+        if D is not None:
+            y = torch.addcmul(y, wide, D.to(wide.dtype))
+        return y.to(x.dtype)
 
 
 # HiPPO: an A whose state is the whole past, written in Legendre polynomials
@@ -268,8 +330,8 @@ def fft_conv(x, K, D=None):
 def hippo_legs(n):
     """A (n, n), B (n,) of HiPPO-LegS, float64: h' = A h + B x keeps x's past as n coefficients (2008.07669, theorem 2).
 
-    A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1). HiPPO divides both by t, which
-    spreads the memory evenly over the past; S4 leaves that out, and the memory fades as exp(-age).
+    A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1). HiPPO divides both by the time t,
+    which spreads the memory evenly over [0, t]. S4 leaves the division out, and the memory fades as exp(-age).
     """
     i = torch.arange(n, dtype=torch.float64)
     B = torch.sqrt(2 * i + 1)
@@ -277,135 +339,154 @@ def hippo_legs(n):
 
 
 def legs_basis(age, n):
-    """sqrt(2i+1) P_i(2 exp(-age) - 1), with P_i the Legendre polynomials: age (...) -> (..., n).
+    """sqrt(2i+1) P_i(2 exp(-age) - 1), P_i the Legendre polynomials: age (...) -> (..., n).
 
-    exp(tA) B = exp(-t) legs_basis(t, n), so h = int exp(-age) legs_basis(age) x(now - age) d age: the coefficients of
-    the past in an orthonormal basis, hence x(now - age) = legs_basis(age, n) @ h, the closer the larger n.
+    exp(t A) B = exp(-t) legs_basis(t, n). So h is the integral of exp(-age) legs_basis(age, n) x(now - age) over all
+    ages: the coefficients of the past in an orthonormal basis. Hence x(now - age) is nearly legs_basis(age, n) @ h, and
+    the larger n, the nearer.
     """
-    z = 2 * torch.exp(-age) - 1
-    P = [torch.ones_like(z), z]
+    s = 2 * torch.exp(-age) - 1
+    legendre = [torch.ones_like(s), s]
     for i in range(1, n - 1):
-        P.append(((2 * i + 1) * z * P[i] - i * P[i - 1]) / (i + 1))
-    return torch.stack(P[:n], dim=-1) * torch.sqrt(2 * torch.arange(n, dtype=z.dtype, device=z.device) + 1)
+        legendre.append(((2 * i + 1) * s * legendre[i] - i * legendre[i - 1]) / (i + 1))
+    degree = torch.arange(n, dtype=s.dtype, device=s.device)
+    return torch.stack(legendre[:n], dim=-1) * torch.sqrt(2 * degree + 1)
 
 
 def dplr_legs(n):
     """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
 
-    A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs 11 digits. But with
-    p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, which a Hermitian solver takes apart
-    exactly. P and B are p and LegS's B in the new basis, up to a phase a mode; C becomes C V. For even n modes come in
-    conjugate pairs, in ascending order of Im Lambda, so that the first is the conjugate of the last.
+    In floating point A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs 11
+    digits. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
+    diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
+    For even n the modes come in conjugate pairs, by ascending Im Lambda, so the first is the last one's conjugate.
     """
     A, B = hippo_legs(n)
     p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
     S = A + p[:, None] * p
     real = S.diagonal().mean()  # -1/2
-    imag, V = torch.linalg.eigh(-1j * (S - real * torch.eye(n, dtype=A.dtype)))
+    skew = S - real * torch.eye(n, dtype=A.dtype)
+    imag, V = torch.linalg.eigh(-1j * skew)
     return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
-# S4: A = diag(Lambda) - P P^*, bilinear rule. P P^* ties all modes together: each needs its conjugate beside it
+# The S4 kernel: A = diag(Lambda) - P P^*, bilinear rule. P P^* ties each mode to all others, also to its conjugate, so
+# both modes of a pair are computed here; S4D below needs only one of them.
 
 
 def dplr_step(x, dt, Lambda, P, B, h):
-    """h_t = Abar h_{t-1} + Bbar x_t in O(n): x (b, d) · dt (d,) · Lambda, P, B (d, n) · h (b, d, n) -> h_t.
+    """h_t = Abar h_{t-1} + Bbar x_t in O(n): x (b, d), dt (d,), Lambda, P, B (d, n), h (b, d, n) -> h_t (b, d, n).
 
     The bilinear rule is (1 - dt/2 A) h_t = (1 + dt/2 A) h_{t-1} + dt B x_t. On the left stands a diagonal matrix plus
     dt/2 P P^*, whose inverse is again diagonal plus rank one (Woodbury; S4 appendix C.2).
     """
     half = dt[:, None] / 2
-    right = h + half * (Lambda * h - P * (P.conj() * h).sum(-1, keepdim=True)) + 2 * half * B * x[..., None]
-    inverse = 1 / (1 - half * Lambda)
-    g, u = inverse * right, inverse * P
-    return g - u * (P.conj() * g).sum(-1, keepdim=True) / (1 / half + (P.conj() * u).sum(-1, keepdim=True))
+    A_h = Lambda * h - P * (P.conj() * h).sum(-1, keepdim=True)
+    right = h + half * A_h + 2 * half * B * x[..., None]
+    inverse = 1 / (1 - half * Lambda)  # of the diagonal
+    inverse_right = inverse * right
+    inverse_P = inverse * P
+    factor = 1 / half + (P.conj() * inverse_P).sum(-1, keepdim=True)
+    return inverse_right - inverse_P * (P.conj() * inverse_right).sum(-1, keepdim=True) / factor
 
 
 def dplr_matrix(dt, Lambda, P):
-    """Abar (d, n, n) of dplr_step, column by column: what it does to each unit vector."""
+    """Abar (d, n, n) of dplr_step, column by column: what it makes of each unit vector."""
     eye = torch.eye(Lambda.shape[1], dtype=Lambda.dtype, device=Lambda.device)[:, None]  # (n, 1, n)
-    return dplr_step(dt.new_zeros(1, 1), dt, Lambda, P, torch.zeros_like(P), eye).permute(1, 2, 0)
+    no_input = dt.new_zeros(1, 1)
+    return dplr_step(no_input, dt, Lambda, P, torch.zeros_like(P), eye).permute(1, 2, 0)
+
+
+def _cauchy(dt, Lambda, P, l):
+    """z (l,), the Cauchy matrix (d, l, n) and g (d, l) of s4_kernel, and Abar^l (d, n, n)."""
+    k = torch.arange(l, dtype=dt.dtype, device=dt.device)
+    z = torch.exp(-2j * math.pi / l * k)
+    step = dt[:, None, None]
+    matrix = 2 * step / (2 * (1 - z)[:, None] - step * (1 + z)[:, None] * Lambda[:, None])
+    g = (1 + z) / (2 + (1 + z) * (matrix @ (P.conj() * P)[..., None]).squeeze(-1))
+    return z, matrix, g, torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)
 
 
 def s4_kernel(dt, Lambda, P, B, C, l):
     """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
     S4 appendix C.3, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
-        sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)            a geometric series
-                                      = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                    the rule put in
-                                      = q(C', B) - g q(C', P) q(P^*, B)                            Woodbury
+        sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)        a geometric series
+                                      = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                Abar, Bbar inserted
+                                      = q(C', B) - g q(C', P) q(P^*, B)                        Woodbury
     with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
-    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero where z = -1; this form has no pole. A
-    parameter holds C, not C', so l may change at will; the price is Abar^l, n^3 log l a channel, and d n^2 numbers.
+    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero at z = -1; this form has no pole. We keep C,
+    not C', as the parameter, so l may change at will; the price is Abar^l, O(n^3 log l) per channel.
     """
-    return _s4_read(_circle(dt, Lambda, P, l), P, B, C)
+    return _cauchy_kernel(_cauchy(dt, Lambda, P, l), P, B, C)
+
+
+def _cauchy_kernel(cauchy, P, B, C):
+    """The kernel (..., d, l), B (..., d, n)."""
+    _, matrix, g, power = cauchy
+    C = C - (C[:, None] @ power).squeeze(1)
+    products = torch.broadcast_tensors(C * B, C * P, P.conj() * B)
+    CB, CP, PB = (matrix @ torch.stack(products, dim=-1)).unbind(-1)
+    return torch.fft.ifft(CB - g * CP * PB).real
+
+
+def _cauchy_state(cauchy, P, B, x):
+    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n), what the inputs leave in the state.
+
+    It is a convolution at its last position, where circular and linear agree: the same formula, with each mode in the
+    place of C, and an inverse transform at the single index l - 1, where z^-(l-1) = z.
+    """
+    z, matrix, g, power = cauchy
+    X = (torch.fft.fft(x, dim=1) * z[:, None] / len(z)).permute(2, 0, 1)  # (d, b, l)
+    PB = (matrix @ (P.conj() * B)[..., None]).squeeze(-1)
+    h = B[:, None] * (X @ matrix) - P[:, None] * (X * (g * PB)[:, None] @ matrix)  # (d, b, n)
+    return (h - h @ power.mT).transpose(0, 1)
 
 
 def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
 
-    x (b, l, d) · dt (d,) · Lambda, P, B, C (d, n) complex · D (d,) · h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. To the convolution h0 is one
-    more push: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
+    x (b, l, d), dt (d,); Lambda, P, B, C (d, n) complex; D (d,); h0 (b, d, n) complex, zero if None
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution; auto is a recurrence for l = 1 only.
+    In the convolution h0 acts like one more input before the first: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
     """
-    l, wide, steps = _checked("s4", x, dt, impl)
-    if steps:
+    _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
+           B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
+    wide = x.to(dt.dtype)
+    if _is_recurrence(impl, x):
         h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
         hs = []
         for x_t in wide.unbind(1):
             h = dplr_step(x_t, dt, Lambda, P, B, h)
             hs.append(h)
         y = (torch.stack(hs, dim=1) * C).sum(-1).real
-        return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
-    circle = _circle(dt, Lambda, P, l)
-    y, h = fft_conv(wide, _s4_read(circle, P, B, C), D), _s4_write(circle, P, B, wide)
+        return _skip(y, wide, D).to(x.dtype), h
+    cauchy = _cauchy(dt, Lambda, P, x.shape[1])
+    y = fft_conv(wide, _cauchy_kernel(cauchy, P, B, C), D)
+    h = _cauchy_state(cauchy, P, B, wide)
     if h0 is not None:
-        push = h0 / dt[:, None] + (Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)) / 2
-        y, h = y + _s4_read(circle, P, push, C).mT, h + torch.einsum("dnm,bdm->bdn", circle[-1], h0)
+        A_h0 = Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)
+        y = y + _cauchy_kernel(cauchy, P, h0 / dt[:, None] + A_h0 / 2, C).mT
+        h = h + torch.einsum("dnm,bdm->bdn", cauchy[-1], h0)
     return y.to(x.dtype), h
 
 
-def _checked(name, x, dt, impl):
-    """The length of x (b, l, d), x in the dtype of dt (d,), and whether to step through it."""
-    if x.ndim != 3 or x.shape[1] == 0 or dt.shape != x.shape[2:]:
-        raise ValueError(f"{name}: x has shape {tuple(x.shape)} and dt {tuple(dt.shape)}, expected (b, l, d) and (d,) "
-                         "with l >= 1")
-    if impl not in ("recurrence", "convolution", "auto"):
-        raise ValueError(f'impl "{impl}" is not one of recurrence, convolution, auto')
-    return x.shape[1], x.to(dt.dtype), impl == "recurrence" or impl == "auto" and x.shape[1] == 1
+def _is_recurrence(impl, x):
+    """Whether s4 or s4d steps through x (b, l, d)."""
+    paths = {"recurrence": True, "convolution": False}
+    return _choose(impl, "recurrence" if x.shape[1] == 1 else "convolution", paths)
 
 
-def _circle(dt, Lambda, P, l):
-    """z (l,), the Cauchy matrix (d, l, n) and g (d, l) of s4_kernel, and Abar^l (d, n, n)."""
-    z = torch.exp(-2j * math.pi / l * torch.arange(l, dtype=dt.dtype, device=dt.device))
-    dt_ = dt[:, None, None]
-    cauchy = 2 * dt_ / (2 * (1 - z)[:, None] - dt_ * (1 + z)[:, None] * Lambda[:, None])
-    g = (1 + z) / (2 + (1 + z) * (cauchy @ (P.conj() * P)[..., None]).squeeze(-1))
-    return z, cauchy, g, torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)
+def _skip(y, x, D):
+    """y + D x, or y where there is no D."""
+    return y if D is None else torch.addcmul(y, x, D)
 
 
-def _s4_read(circle, P, B, C):
-    """The kernel (..., d, l) for B (..., d, n)."""
-    _, cauchy, g, power = circle
-    C = C - (C[:, None] @ power).squeeze(1)
-    CB, CP, PB = (cauchy @ torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B), dim=-1)).unbind(-1)
-    return torch.fft.ifft(CB - g * CP * PB).real
-
-
-def _s4_write(circle, P, B, x):
-    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n): the kernel's formula, each mode for C, at l - 1, where z^-(l-1) = z."""
-    z, cauchy, g, power = circle
-    X = (torch.fft.fft(x, dim=1) * z[:, None] / len(z)).permute(2, 0, 1)  # (d, b, l)
-    PB = (cauchy @ (P.conj() * B)[..., None]).squeeze(-1)
-    h = B[:, None] * (X @ cauchy) - P[:, None] * (X * (g * PB)[:, None] @ cauchy)  # (d, b, n)
-    return (h - h @ power.mT).transpose(0, 1)
-
-
-# S4D: A diagonal, zero-order hold; everything is n separate complex numbers
+# S4D: A diagonal, zero-order hold. A system is n separate complex numbers
 
 
 def s4d_init(rule, n):
-    """A, B (n/2,), complex128: one of each conjugate pair of modes of a real system of size n (S4D, 2206.11893).
+    """A, B (n/2,), complex128: one of each conjugate pair of modes of a real system of even size n (S4D, 2206.11893).
 
     lin   -1/2 + i pi j                             frequencies one after the other
     inv   -1/2 + i n/pi (n/(2j+1) - 1)              as LegS has them when n is large: few high ones, many low ones
@@ -414,136 +495,127 @@ def s4d_init(rule, n):
     """
     if n % 2:
         raise ValueError(f"a system of size {n} has no conjugate pairs; n must be even")
-    j = torch.arange(n // 2, dtype=torch.float64)
     if rule == "legs":
         Lambda, _, B, _ = dplr_legs(n)
         return Lambda[n // 2:], B[n // 2:]
+    j = torch.arange(n // 2, dtype=torch.float64)
     imag = {"lin": math.pi * j, "inv": n / math.pi * (n / (2 * j + 1) - 1), "real": 0 * j}
     if rule not in imag:
         raise ValueError(f'rule "{rule}" is not one of lin, inv, legs, real')
-    A = torch.complex(-j - 1 if rule == "real" else torch.full_like(j, -0.5), imag[rule])
+    real = -(j + 1) if rule == "real" else -0.5 + 0 * j
+    A = torch.complex(real, imag[rule])
     return A, torch.ones_like(A)
 
 
 def s4d_kernel(dt, A, B, C, l):
     """K_j = Re sum_n C_n Bbar_n Abar_n^j, zero-order hold: dt (d,), A, B, C (d, n) or (1, n) complex -> K (d, l)
 
-    B may be a number. A Vandermonde matrix times a vector (S4D, section 3). The plain real part: where one mode of each
-    conjugate pair is kept, C has to come doubled, for a mode and its conjugate add up to twice the real part.
+    B may be a number. A Vandermonde matrix times a vector (S4D, section 3). Where one mode of each conjugate pair is
+    kept, C has to come doubled: a mode and its conjugate add up to twice the real part.
     """
     Bbar = discretize(dt[:, None], A, B, "zoh")[1]
-    return _read(_powers(dt[:, None] * A, l), C * Bbar)[..., :l]
+    return _vandermonde_times(_vandermonde(dt[:, None] * A, l), C * Bbar)[..., :l]
 
 
 def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re sum_n C h_t + D x_t,   by zero-order hold
 
-    x (b, l, d) · dt (d,) · A, B, C (d, n) complex, B may be a number · D (d,) · h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution, auto. The convolution is exact with
-    states too: h0 answers with C Abar^(j+1) h0 whatever x does, and h_last is a sum over x with the same powers.
+    x (b, l, d), dt (d,); A, B, C (d, n) complex, B may be a number; D (d,); h0 (b, d, n) complex, zero if None
+    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution; auto is a recurrence for l = 1 only.
+    The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t whatever x is, and h_last is a sum over x.
     """
-    l, wide, steps = _checked("s4d", x, dt, impl)
-    z = dt[:, None] * A
+    _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), C=(C, "d n"), D=(D, "d"),
+           h0=(h0, "b d n"))
+    wide = x.to(dt.dtype)
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
-    if steps:
+    if _is_recurrence(impl, x):
         h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
         y = (C * h).sum(-1).real
-        return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h[:, -1]
-    powers = _powers(z, l)
-    y, h = fft_conv(wide, _read(powers, C * Bbar)[..., :l], D), Bbar * _write(powers, wide)
+        return _skip(y, wide, D).to(x.dtype), h[:, -1]
+    l = x.shape[1]
+    z = dt[:, None] * A
+    powers = _vandermonde(z, l)
+    y = fft_conv(wide, _vandermonde_times(powers, C * Bbar)[..., :l], D)
+    h = Bbar * _vandermonde_transposed(powers, wide)
     if h0 is not None:
-        y, h = y + _read(powers, C * Abar * h0)[..., :l].mT, h + torch.exp(l * z) * h0
+        y = y + _vandermonde_times(powers, C * Abar * h0)[..., :l].mT
+        h = h + torch.exp(l * z) * h0
     return y.to(x.dtype), h
 
 
-def _powers(z, l):
-    """exp(i z) (d, n, size) and exp(size k z) (d, n, k), for every j = i + size k < l; size is about sqrt(l).
+def _vandermonde(z, l):
+    """exp(j z) for j < l in two factors, j = r + size m: exp(r z) (d, n, size), exp(size m z) (d, n, count).
 
-    Written out, exp(j z) are n l d numbers; so they are never written out.
+    size and count are about sqrt(l). Written out, exp(j z) are n l d numbers; so they are never written out.
     """
     size = math.isqrt(l - 1) + 1
-    i = torch.arange(size, dtype=z.real.dtype, device=z.device)
-    return torch.exp(z[..., None] * i), torch.exp(z[..., None] * size * i[:-(-l // size)])
+    count = math.ceil(l / size)
+    r = torch.arange(size, dtype=z.real.dtype, device=z.device)
+    return torch.exp(z[..., None] * r), torch.exp(z[..., None] * size * r[:count])
 
 
-def _read(powers, w):
-    """Re sum_n w_n exp(j z_n) at every j: w (..., d, n) -> (..., d, l or a little more).
+def _vandermonde_times(powers, w):
+    """Re sum_n w_n exp(j z_n) for every j: w (..., d, n) -> (..., d, l or a little more).
 
-    A product of two small matrices, w exp(size k z) and exp(i z), and its real part is one product of real matrices.
+    A product of two small matrices, w exp(size m z) and exp(r z). Its real part is one product of real matrices.
     """
-    early, late = powers[0], w[..., None] * powers[1]
+    fine, coarse = powers
+    left = w[..., None] * coarse  # (..., d, n, count)
+    left = torch.cat([left.real, -left.imag], dim=-2)
+    right = torch.cat([fine.real, fine.imag], dim=-2)
     with _no_autocast(w.device):
-        return (torch.cat([late.real, -late.imag], -2).mT @ torch.cat([early.real, early.imag], -2)).flatten(-2)
+        return (left.mT @ right).flatten(-2)
 
 
-def _write(powers, x):
-    """sum_j exp(j z) x_{l-1-j}, what an input leaves in the state: x (b, l, d), real -> (b, d, n)."""
-    early, late = powers
-    x = F.pad(x.flip(1), (0, 0, 0, early.shape[2] * late.shape[2] - x.shape[1]))
-    x = x.unflatten(1, (late.shape[2], -1)).permute(3, 0, 1, 2)  # (d, b, k, i)
+def _vandermonde_transposed(powers, x):
+    """sum_j exp(j z) x_{l-1-j}, what the inputs leave in the state: x (b, l, d), real -> (b, d, n)."""
+    fine, coarse = powers
+    size, count = fine.shape[2], coarse.shape[2]
+    x = F.pad(x.flip(1), (0, 0, 0, size * count - x.shape[1]))
+    x = x.unflatten(1, (count, size)).permute(3, 0, 1, 2)  # (d, b, count, size)
     with _no_autocast(x.device):
-        h = x.flatten(1, 2) @ torch.cat([early.real, early.imag], dim=1).mT  # (d, b k, 2n)
+        h = x.flatten(1, 2) @ torch.cat([fine.real, fine.imag], dim=1).mT  # (d, b count, 2n)
     h = torch.complex(*h.chunk(2, dim=-1)).unflatten(1, x.shape[1:3])
-    return torch.einsum("dbkn,dnk->bdn", h, late)
-
+    return torch.einsum("dbmn,dnm->bdn", h, coarse)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The selective scan (Mamba, section 3): dt, B and C move with the input, so the model chooses what to keep
+# 4. The selective scan (Mamba, section 3): dt, B and C depend on the input, so the model chooses what to keep
 #
-# It is the scan above with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. What makes it hard is memory: the
-# inputs have b l d numbers, the states b l d n. The fast path therefore never holds all of them at once.
+# It is the scan of section 2 with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. The step size dt_t is the
+# choice: dt -> 0 freezes the state (a = 1, b = 0: the token is ignored), a large dt overwrites it (a = 0).
+# What makes it hard is memory: the inputs have b l d numbers, the states b l d n. So the fast path never holds all of
+# the states at once.
 
 
-def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
+def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
-    x, dt (b, l, d) · A (d, n) · B, C (b, l, n) · D (d,) · h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
-    dt is positive already: softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
+    x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
+    dt is positive already; softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU up to n = 256, else chunked. keep, a number from 1 or one a row (b,): h_last
-    is the state after so many steps; without triton by the loop, for what reads ahead is short, and the loop holds two
-    states and no more.
+    for one step, else triton on a CUDA GPU up to n = 256, else chunked.
     """
-    (b, l, d), n = x.shape, A.shape[1]
-    for name, t, shape in (("x", x, (b, l, d)), ("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
-                           ("C", C, (b, l, n)), ("D", D, (d,)), ("h0", h0, (b, d, n))):
-        if t is not None and t.shape != shape or l == 0:
-            raise ValueError(f"selective_scan: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1")
-    if takes_triton(impl, x) and (impl == "triton" or l > 1 and n <= 256):
-        y, h = _selective_triton(x, dt, A, B, C, D, h0)
-        if isinstance(keep, int):
-            h = _selective_triton(*(t[:, :keep] for t in (x, dt)), A, B[:, :keep], C[:, :keep], None, h0)[1]
-        elif keep is not None:
-            h = _selective_triton(x, _cut(dt, keep), A, B, C, None, h0)[1]
-        return y, h
-    wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
+    sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
+                   B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
+    if impl == "triton" or impl == "auto" and _takes_triton(x, sizes["n"]):
+        return _selective_triton(x, dt, A, B, C, D, h0)
+    wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     if h0 is None:
-        h0 = wide.new_zeros(b, d, n)
-    path = _pick(impl, SELECTIVE_SCANS, "naive" if l == 1 else "chunked")  # one step needs no machinery
-    if keep is not None:
-        path = functools.partial(_selective_naive, keep=keep)
+        h0 = wide.new_zeros(sizes["b"], sizes["d"], sizes["n"])
+    path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SELECTIVE_SCANS)
     with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
-    return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype), h
+        return _skip(y, wide, D).to(x.dtype), h
 
 
-def _cut(dt, keep):
-    """dt (b, l, ...) with zeros from step keep (b,) on: a step of no length leaves the state, exp(0) h + 0 B x = h."""
-    return dt * (torch.arange(dt.shape[1], device=dt.device) < keep[:, None])[..., None]
-
-
-def _selective_naive(x, dt, A, B, C, h, keep=None):
+def _selective_naive(x, dt, A, B, C, h):
     """The definition, one step at a time."""
-    ys, kept = [], h
-    for t, (x_t, dt_t, B_t, C_t) in enumerate(zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1))):
+    ys = []
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         Abar, Bbar = discretize(dt_t[:, :, None], A, B_t[:, None], "mamba")  # (b, d, n)
         h = Abar * h + Bbar * x_t[:, :, None]
         ys.append((h * C_t[:, None]).sum(-1))  # (b, d)
-        if isinstance(keep, int):
-            kept = h if t < keep else kept
-        elif keep is not None:
-            kept = torch.where((t < keep)[:, None, None], h, kept)
-    return torch.stack(ys, dim=1), h if keep is None else kept
+    return torch.stack(ys, dim=1), h
 
 
 def _selective_parallel(x, dt, A, B, C, h0):
@@ -553,31 +625,36 @@ def _selective_parallel(x, dt, A, B, C, h0):
     return torch.einsum("bldn,bln->bld", h, C), h[:, -1]
 
 
-class _SelectiveChunked(torch.autograd.Function):
+class ChunkedSelectiveScan(torch.autograd.Function):
     """Chunk after chunk, each small enough that its states stay in the processor's cache.
 
-    Forward keeps the state at every chunk's start and forgets the rest; backward computes a chunk's states again and
-    walks it in reverse. With g_t = dL/dh_t in total (section 2) and w_t = g_t a_t h_{t-1} = dL/d(dt_t A):
-        g_t = C_t dy_t + a_{t+1} g_{t+1}
-        dC_t = sum_d h_t dy_t       dB_t = sum_d g_t dt_t x_t      dx_t = dt_t sum_n g_t B_t
-        ddt_t = sum_n w_t A + x_t sum_n g_t B_t                    dA = sum_{b,t} w_t dt_t
-    Channels lie last in memory, (b, t, n, d): a step is one in-place multiply-add over whole rows, and sums over n or d
-    are matrix products of a single row. On two cores the floor is the exponential, once in each direction.
+    apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. This class and
+    the two functions below it stand alone. Forward keeps the state before every chunk and forgets the rest; backward
+    computes a chunk's states again and walks it in reverse. With g_t = dL/dh_t in total (section 2):
+        (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
+        (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
+        (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
+        (4) w_t = dL/d(dt_t A) = g_t a_t h_{t-1},   dA = sum_{b,t} w_t dt_t,   ddt_t = sum_n w_t A + x_t du_t
+    Here channels lie last, (b, t, n, d): a step is one multiply-add in place over whole rows, and sums over n or d are
+    products of matrices. On two cores the floor is the exponential, once in each direction.
     """
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h0):
-        (b, l, d), n = x.shape, A.shape[1]
+        b, l, d = x.shape
+        n = A.shape[1]
         A = A.T.contiguous()  # (n, d)
         u = dt * x
         chunks = _chunk_slices(b, l, d * n)
         starts = x.new_empty(len(chunks), b, n, d)
         buffers = x.new_empty(2, b, chunks[0].stop, n, d)
-        y, h = torch.empty_like(x), h0.transpose(1, 2)
+        y = torch.empty_like(x)
+        h = h0.transpose(1, 2)
         for start, s in zip(starts, chunks):
             start.copy_(h)
-            _, hs, h = _states(dt[:, s], A, u[:, s], B[:, s], start, buffers)
+            _, hs = _chunk_states(dt[:, s], A, u[:, s], B[:, s], start, buffers)
             y[:, s] = (C[:, s, None] @ hs).squeeze(2)
+            h = hs[:, -1]
         ctx.save_for_backward(x, dt, A, B, C, starts)
         return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -586,7 +663,7 @@ class _SelectiveChunked(torch.autograd.Function):
     def backward(ctx, dy, dh):
         x, dt, A, B, C, starts = ctx.saved_tensors
         b, l, d = x.shape
-        dx, ddt, dB, dC = torch.empty_like(x), torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
+        dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
@@ -594,18 +671,18 @@ class _SelectiveChunked(torch.autograd.Function):
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
             x_s, dt_s, dy_s = x[:, s], dt[:, s], dy[:, s]
             u = dt_s * x_s
-            a, h, _ = _states(dt_s, A, u, B[:, s], start, buffers)
+            a, h = _chunk_states(dt_s, A, u, B[:, s], start, buffers)
             g = torch.mul(C[:, s, :, None], dy_s[:, :, None], out=buffers[2, :, :x_s.shape[1]])
             a_t, g_t = a.unbind(1), g.unbind(1)
             g_t[-1].add_(carry)
             for t in range(len(g_t) - 2, -1, -1):
-                g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])
+                g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])  # (1)
             carry = a_t[0] * g_t[0]
             du = (B[:, s, None] @ g).squeeze(2)  # (b, t, d)
-            dx[:, s] = du * dt_s
-            dB[:, s] = (u[:, :, None] @ g.transpose(2, 3)).squeeze(2)
-            dC[:, s] = (dy_s[:, :, None] @ h.transpose(2, 3)).squeeze(2)
-            w = a.mul_(g)
+            dx[:, s] = du * dt_s  # (2)
+            dB[:, s] = (u[:, :, None] @ g.mT).squeeze(2)  # (3)
+            dC[:, s] = (dy_s[:, :, None] @ h.mT).squeeze(2)
+            w = a.mul_(g)  # (4)
             w[:, 1:].mul_(h[:, :-1])
             w[:, 0].mul_(start)
             for w_t, dt_t in zip(w.unbind(1), dt_s[:, :, None].unbind(1)):
@@ -616,172 +693,143 @@ class _SelectiveChunked(torch.autograd.Function):
 
 def _chunk_slices(b, l, state):
     """Slices of the length axis: 16 to 64 steps, as many as keep a buffer of states near 2 MB."""
-    size = min(l, max(16, min(64, 2**19 // max(1, b * state))))
+    size = 2**19 // max(1, b * state)
+    size = min(l, max(16, min(64, size)))
     return [slice(i, min(i + size, l)) for i in range(0, l, size)]
 
 
-def _states(dt, A, u, B, h, buffers):
-    """Decays a (b, t, n, d) and states h of one chunk, written into two reused buffers, and the last state."""
-    a = torch.mul(dt[:, :, None], A, out=buffers[0, :, :dt.shape[1]]).exp_()
-    hs = torch.mul(u[:, :, None], B[..., None], out=buffers[1, :, :dt.shape[1]])
+def _chunk_states(dt, A, u, B, h, buffers):
+    """Decays a and states h of one chunk, both (b, t, n, d), written into two reused buffers."""
+    steps = dt.shape[1]
+    a = torch.mul(dt[:, :, None], A, out=buffers[0, :, :steps]).exp_()
+    hs = torch.mul(u[:, :, None], B[..., None], out=buffers[1, :, :steps])
     for a_t, h_t in zip(a.unbind(1), hs.unbind(1)):
         h = h_t.addcmul_(a_t, h)
-    return a, hs, h
+    return a, hs
 
 
-SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel, "chunked": _SelectiveChunked.apply}
+SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
+                   "chunked": ChunkedSelectiveScan.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. SSD (Mamba-2): one decay a head instead of one a channel and state, so that the scan becomes matrix products
+# 5. SSD (Mamba-2): one decay per head, not one per channel and state, so that the scan becomes products of matrices
 #
-# Unroll h_t = a_t h_{t-1} + dt_t B_t x_t with a scalar a_t = exp(dt_t A), read it out by C_t, and attention appears:
-#     y_i = sum_{j <= i} L_ij (C_i . B_j) dt_j x_j,  L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),  c = cumsum(dt A)
-# with C as queries, B as keys, dt x as values and a decay where softmax was. Dao and Gu call it state-space duality.
+# Unroll h_t = a_t h_{t-1} + u_t B_t^T, with u_t = dt_t x_t and a number a_t = exp(dt_t A), read it out by C_t, and
+# attention appears:
+#     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),   c = cumsum(dt A)
+# with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
+# and chunks of 2, the matrix L * (C B^T) that maps u to y is
 #
-#                work a head            memory beside the inputs    what it is
-#    naive       2 l n p                autograd keeps every state  the recurrence
-#    quadratic   l^2 (n + p)            l^2 a head                  masked attention
-#    chunked     l (q (n + p) + 2 n p)  l q a head                  quadratic in chunks of q, section 2's scan between
+#     [ x          ]    on the diagonal, attention inside a chunk: _attend
+#     [ x x        ]
+#     [ o o x      ]    below it, every block has low rank n: u goes into the state at its chunk's end (_last_state),
+#     [ o o x x    ]    the states are carried from chunk to chunk (section 2's scan), C reads them out (_attend)
+#     [ o o o o x  ]
+#     [ o o o o x x]
+#
+#                work per head          memory beside the inputs      what it is
+#    naive       2 l n p                autograd keeps every state    the recurrence
+#    quadratic   l^2 (n + p)            l^2 per head                  masked attention
+#    chunked     l (q (n + p) + 2 n p)  l q per head                  attention in chunks of q, a scan between them
+#
+# The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
+# linear attention (call scan), a matrix a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
 
 
-def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", keep=None):
+def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (Mamba-2, sections 5 and 6)
 
-    x (b, l, nh, p) · dt (b, l, nh), positive · A (nh,), negative · B, C (b, l, g, n): head i reads group i // (nh // g)
-    D (nh,) · h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, auto. keep, a number from 1 or
-    one a row (b,): h_last is the state after so many steps; always by the quadratic form, as what reads ahead is short.
+    x (b, l, nh, p), dt (b, l, nh) positive, A (nh,) negative, B, C (b, l, g, n): head i reads group i // (nh // g),
+    D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
+    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, or auto, which is chunked (naive
+    for one step). quadratic in float32 is good for some hundred steps: 6e-5 at l = 4,096, where chunked has 3e-6.
     """
-    (b, l, nh, p), (g, n) = x.shape, B.shape[2:]
-    for name, t, shape in (("dt", dt, (b, l, nh)), ("A", A, (nh,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)),
-                           ("D", D, (nh,)), ("h0", h0, (b, nh, p, n))):
-        if t is not None and t.shape != shape or l == 0 or nh % g:
-            raise ValueError(f"ssd: {name} has shape {tuple(t.shape)}, expected {shape} with l >= 1 and g dividing nh")
-    wide, dt, A, B, C, D, h0 = _wide(x, dt, A, B, C, D, h0)
+    sizes = _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"),
+                   B=(B, "b l g n"), C=(C, "b l g n"), D=(D, "nh"), h0=(h0, "b nh p n"))
+    if sizes["g"] == 0 or sizes["nh"] % sizes["g"]:
+        raise ValueError(f"ssd: {sizes['nh']} heads do not divide into {sizes['g']} groups")
+    wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     if h0 is None:
-        h0 = wide.new_zeros(b, nh, p, n)
-    path = _pick(impl, SSDS, "naive" if l == 1 else "chunked")
-    if keep is not None:
-        path = functools.partial(_ssd_quadratic, keep=keep)
+        h0 = wide.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
+    path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(x.device):
-        y, h = path(wide, dt, A, B, C, h0)
-        y = y if D is None else torch.addcmul(y, wide, D[:, None])
-    return y.to(x.dtype), h
+        y, h = path(dt[..., None] * wide, dt * A, B, C, h0)
+        return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
 
 
-def _ssd_naive(x, dt, A, B, C, h):
-    """The definition, one step at a time."""
-    B, C, ys = _per_head(B, x.shape[2], 2), _per_head(C, x.shape[2], 2), []
-    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
-        h = torch.exp(dt_t * A)[..., None, None] * h + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]
+def _ssd_naive(u, log_a, B, C, h):
+    """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
+    B = _per_head(B, u.shape[2], 2)
+    C = _per_head(C, u.shape[2], 2)
+    ys = []
+    for u_t, a_t, B_t, C_t in zip(u.unbind(1), log_a.exp().unbind(1), B.unbind(1), C.unbind(1)):
+        h = a_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
     return torch.stack(ys, dim=1), h
 
 
 def _per_head(t, heads, dim):
-    """What groups of heads share along dim, for each head; one group broadcasts as it is."""
-    g = t.shape[dim]
-    return t if g in (1, heads) else t.repeat_interleave(heads // g, dim=dim)
+    """For each head what its group has along dim; one group broadcasts as it is."""
+    groups = t.shape[dim]
+    return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
 
 
-def _log_decays(dt, A):
-    """c (b, nh, l), the sum of dt A up to each step, in float64 where the device has it: exp(c_i - c_j) of a float32
-    sum over 8,192 steps is 0.3 % wrong, because the difference of two large numbers keeps only their absolute
-    precision."""
-    wide = dt.dtype if dt.device.type == "mps" else torch.float64
-    return torch.cumsum(dt.to(wide) * A, dim=1).transpose(1, 2)
-
-
-def _ssd_quadratic(x, dt, A, B, C, h0, keep=None):
+def _ssd_quadratic(u, log_a, B, C, h0):
     """Masked attention over the whole length."""
-    u, c, L, e, B, C = _heads_first(x, dt, A, B, C)
-    y = _ssd_attend(u, L, e, B, C, h0).transpose(1, 2)
-    if isinstance(keep, torch.Tensor):
-        dt = _cut(dt, keep)
-        c, u = _log_decays(dt, A), (dt[..., None] * x).transpose(1, 2)
-        return y, _ssd_last_state(u, _decays_to_end(c, x.dtype), c[..., -1].to(x.dtype).exp(), B, h0)
-    end = x.shape[1] if keep is None else keep
-    return y, _ssd_last_state(u[:, :, :end], L[:, :, end - 1, :end], e[:, :, end - 1], B[:, :, :end], h0)
+    parts = _heads_first(u, log_a, B, C)
+    return _attend(*parts, h0).transpose(1, 2), _last_state(*parts, h0)
 
 
-def _ssd_chunked(x, dt, A, B, C, h0, size=32):
-    """Three steps: every chunk's last state as if it began from zero, a scan that carries states from chunk to chunk,
-    and attention inside the chunks, each from its true initial state. A last chunk that is shorter goes by itself."""
-    b, l = x.shape[:2]
+def _ssd_chunked(u, log_a, B, C, h0, size=32):
+    """The three steps of the picture; a last chunk that is shorter goes by itself."""
+    b, l = u.shape[:2]
     if l <= size:
-        return _ssd_quadratic(x, dt, A, B, C, h0)
+        return _ssd_quadratic(u, log_a, B, C, h0)
     whole = l // size * size
-    x_tail, dt_tail, B_tail, C_tail = (t[:, whole:] for t in (x, dt, B, C))
-    x, dt, B, C = (t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in (x, dt, B, C))  # (b chunks, size, ...)
-    u, c, L, e, B, C = _heads_first(x, dt, A, B, C)
-    ends = _ssd_last_state(u, _decays_to_end(c, x.dtype), None, B, None)
-    h = scan(e[..., -1].unflatten(0, (b, -1))[..., None, None], ends.unflatten(0, (b, -1)), h0, "naive")
+    chunks = [t[:, :whole].unflatten(1, (-1, size)) for t in (u, log_a, B, C)]
+    parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, size, ...)
+    ends = _last_state(*parts, 0).unflatten(0, (b, -1))  # (b, chunks, nh, p, n), each chunk from zero
+    decays = parts[1].sum(-1).exp().unflatten(0, (b, -1))[..., None, None]
+    h = scan(decays, ends, h0, "naive")
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
-    y = _ssd_attend(u, L, e, B, C, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
+    y = _attend(*parts, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
     if whole == l:
         return y, h[:, -1].clone()  # a view would keep the states of all chunks
-    y_tail, h_last = _ssd_quadratic(x_tail, dt_tail, A, B_tail, C_tail, h[:, -1])
+    tail = [t[:, whole:] for t in (u, log_a, B, C)]
+    y_tail, h_last = _ssd_quadratic(*tail, h[:, -1])
     return torch.cat([y, y_tail], dim=1), h_last
 
 
-def _heads_first(x, dt, A, B, C):
-    """What attention and last states are made of: u = dt x (b, nh, l, p) · c (b, nh, l) · L (b, nh, l, l) · e = exp(c)
-    (b, nh, l) · B, C (b, g, l, n)."""
-    c = _log_decays(dt, A)
-    return ((dt[..., None] * x).transpose(1, 2), c, _decays(c, x.dtype), c.to(x.dtype).exp(), B.transpose(1, 2),
-            C.transpose(1, 2))
+def _heads_first(u, log_a, B, C):
+    """u (b, nh, l, p), log_a (b, nh, l), B, C (b, g, l, n)."""
+    return [t.transpose(1, 2) for t in (u, log_a, B, C)]
 
 
-def _decays_to_end(c, dtype):
-    """exp(c_l - c_j) for every j: L's last row, for where a gradient into all of L would cost more than these l."""
-    return (c[..., -1:] - c).to(dtype).exp()
+def _decays(log_a):
+    """L (..., l, l), L_ij = exp(log_a_{j+1} + ... + log_a_i) for j <= i, else 0: log_a (..., l).
 
-
-def _ssd_attend(u, L, e, B, C, h0):
-    """y_i = e_i h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
-    g, heads = B.shape[1], u.shape[1]
-    scores = _per_head((C @ B.mT).tril(), heads, 1)  # (b, 1 or nh, l, l), zero where j > i
-    from_h0 = h0.unflatten(1, (g, -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l), one product a group
-    from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
-    return torch.addcmul(L * scores @ u, e[..., None], from_h0)
-
-
-def _decays(c, dtype):
-    """L_ij = exp(c_i - c_j) for j <= i, from c that never increases; above the diagonal 1, for tril to cut.
-
-    The difference is taken in c's dtype and kept in the narrower one. No positive number meets exp: it might become
-    inf, and inf times the zero of a mask is NaN.
+    The sums run over k in a matrix with log_a_k at (k, j) where k > j. A difference of two long sums, c_i - c_j, would
+    be shorter and lose digits: in float32, 0.3 % of a decay after a sum of 40,000.
     """
-    if torch.is_grad_enabled():
-        return _Decays.apply(c, dtype)
-    L = torch.empty(*c.shape, c.shape[-1], dtype=dtype, device=c.device)
-    return torch.sub(c[..., :, None], c[..., None, :], out=L).clamp_(max=0).exp_()
+    l = log_a.shape[-1]
+    steps = log_a[..., None].expand(*log_a.shape, l).tril(-1)
+    return steps.cumsum(-2).exp().tril()
 
 
-class _Decays(torch.autograd.Function):
-    """_decays with a backward of its own: dL/dc_i adds up row i of W = dL L and takes off column i. Autograd would go
-    through the same numbers four times, in float64."""
-
-    @staticmethod
-    def forward(ctx, c, dtype):
-        L = _decays(c, dtype)  # grad is disabled in here
-        ctx.save_for_backward(L)
-        ctx.dtype = c.dtype
-        return L
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dL):
-        W = dL * ctx.saved_tensors[0]
-        return W.sum(-1, dtype=ctx.dtype) - W.sum(-2, dtype=ctx.dtype), None  # rows and columns all but cancel
+def _attend(u, log_a, B, C, h0):
+    """y_i = a_i ... a_1 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
+    heads = u.shape[1]
+    scores = _decays(log_a) * _per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
+    from_h0 = _per_head(C, heads, 1) @ h0.mT  # (b, nh, l, p)
+    return torch.addcmul(scores @ u, log_a.cumsum(-1).exp()[..., None], from_h0)
 
 
-def _ssd_last_state(u, decay, e, B, h0):
-    """h_last = e h0 + sum_j decay_j u_j B_j^T: (b, nh, p, n); decay (b, nh, l) and e (b, nh) are to the last step, and
-    an h0 of None is zero."""
-    left = (u * decay[..., None]).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l), as above
-    h = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))
-    return h if h0 is None else torch.addcmul(h, e[..., None, None], h0)
+def _last_state(u, log_a, B, C, h0):
+    """h_last = a_l ... a_1 h0 + sum_j a_l ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
+    later = F.pad(log_a[..., 1:], (0, 1))
+    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
+    from_h0 = log_a.sum(-1)[..., None, None].exp() * h0
+    return from_h0 + (u * to_end).mT @ _per_head(B, u.shape[1], 1)
 
 
 SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}

@@ -75,16 +75,19 @@ def test_a_bigs_layer_gives_the_reference_layers_numbers(gelu, ends, total):
 
 
 def test_published_parameter_counts():
-    """BiGS_128 and BiGS_4096, head tied, no pooler: their flax files are as long as these say; 13,645,316 a layer."""
-    sizes = dict(block="gated", norm="layer", expand=3, n_type=2)
+    """BiGS_128 and BiGS_4096, head tied, no pooler: their flax files are as long as these say; 13,645,316 per layer.
+
+    Their table of segment types, two rows, is not ours: its first row goes into the table of positions.
+    """
+    sizes = dict(block="gated", norm="layer", expand=3)
     with torch.device("meta"):
         for n_position, count in ((128, 346_314_134), (4096, 350_377_366)):
             model = Encoder(Config(("s4d",) * 23, d_model=1024, vocab=30522, d_state=64, n_position=n_position,
                                    **sizes))
-            assert sum(p.numel() for p in model.parameters()) == count
+            assert sum(p.numel() for p in model.parameters()) + 2 * 1024 == count
         assert sum(p.numel() for p in model.layers[0].parameters()) == 13_645_316
         tiny = Encoder(Config(("s4d",) * 2, d_model=8, vocab=11, d_state=4, n_position=16, **sizes))
-    assert sum(p.numel() for p in tiny.parameters()) == 2_291
+    assert sum(p.numel() for p in tiny.parameters()) + 2 * 8 == 2_291
 
 
 @every_kind
@@ -211,28 +214,6 @@ def test_the_gated_block_multiplies_its_directions_and_the_stacked_adds_them():
 
 
 @every_kind
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_does_not_reach_the_text(block, layer, side):
-    """Whatever it holds, the text's logits are those of the text alone; without the mask they are not."""
-    model, text = make(block, layer), tokens(7)
-    alone = model(text)[0]
-    padding = [tokens(4, seed=seed) for seed in (2, 3)]
-    real = torch.arange(11).expand(3, -1) < 7 if side == "right" else torch.arange(11).expand(3, -1) >= 4
-    for pad in padding:
-        padded = torch.cat([text, pad] if side == "right" else [pad, text], dim=1)
-        close(model(padded, real)[0][real].view_as(alone), alone)
-        assert (model(padded)[0][real].view_as(alone) - alone).abs().max() > 1e-3
-
-
-def test_rows_of_different_lengths_in_one_batch():
-    for block, layer in KINDS:
-        model, text, lengths = make(block, layer), tokens(9), torch.tensor([9, 1, 4])
-        together = model(text, torch.arange(9) < lengths[:, None])[0]
-        for row, l in enumerate(lengths):
-            close(together[row, :l], model(text[row:row + 1, :l])[0][0])
-
-
-@every_kind
 @pytest.mark.parametrize("l", [1, 2, 31, 257])
 def test_any_length_sees_both_ends(block, layer, l):
     model, text = make(block, layer), tokens(l, b=1)
@@ -246,17 +227,15 @@ def test_any_length_sees_both_ends(block, layer, l):
 
 @every_kind
 def test_rows_do_not_meet_and_gradients_reach_every_parameter(block, layer):
-    model, text = make(block, layer, n_position=8, n_type=2), tokens(8)
+    model, text = make(block, layer, n_position=8), tokens(8)
     close(model(text)[0][1:2], model(text[1:2])[0])
-    model(text, types=text % 2)[0].square().sum().backward()
+    model(text)[0].square().sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_positions_and_segment_types_are_added_where_there_is_a_table():
-    model, text = make("gated", "s4d", n_position=8, n_type=2), tokens(6)
-    close(model(text)[0], model(text, types=torch.zeros_like(text))[0])
-    assert (model(text)[0] - model(text, types=torch.ones_like(text))[0]).abs().max() > 1e-3
+def test_positions_are_added_where_there_is_a_table():
+    model, text = make("gated", "s4d", n_position=8), tokens(6)
     with torch.no_grad():
         before = model(text)[0]
         model.position_table.weight[6:] += 1
@@ -294,7 +273,7 @@ def test_attention_is_a_softmax_over_everything():
     mixer, h = make("stacked", "attention", n_head=1, n_kv_head=1).layers[0].mixer, torch.randn(2, 5, 12, dtype=F64)
     from model import rotate
     q, k = (rotate(p(h)[:, :, None], 0, *mixer.rope)[:, :, 0] for p in (mixer.q_proj, mixer.k_proj))
-    close(mixer(h), mixer.o_proj(torch.softmax(q @ k.mT / math.sqrt(12), -1) @ mixer.v_proj(h)))
+    close(mixer(h), mixer.out_proj(torch.softmax(q @ k.mT / math.sqrt(12), -1) @ mixer.v_proj(h)))
 
 
 def test_an_untrained_encoder_guesses_uniformly():
@@ -307,7 +286,7 @@ def test_an_untrained_encoder_guesses_uniformly():
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_saved_encoder_comes_back_as_one(block, layer, dtype, tmp_path):
-    model = make(block, layer, n_type=2).to(dtype)
+    model = make(block, layer).to(dtype)
     save(tmp_path / "encoder.pt", model)
     back, _ = load(tmp_path / "encoder.pt")
     assert isinstance(back, Encoder) and back.config == model.config
@@ -320,7 +299,7 @@ def test_the_config_says_which_model_it_is():
 
 def test_impossible_encoders_are_one_line_errors():
     for sizes, part in ((dict(block="gate"), "gated, stacked"), (dict(layers=("mamba",)), "s4d, attention"),
-                        (dict(layers=("s4d+mlp",)), "s4d+mlp"), (dict(layers=("attention",), n_head=5), "--n_head 5")):
+                        (dict(layers=("s4d+mlp",)), "s4d+mlp"), (dict(layers=("attention",), n_head=5), "n_head 5")):
         with pytest.raises(UserError, match=part.replace("+", r"\+")) as error:
             Config(**{**dict(layers=("s4d",), block="gated", d_model=12), **sizes})
         assert "\n" not in str(error.value)

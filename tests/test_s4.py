@@ -311,8 +311,10 @@ def test_convolution_is_recurrence_with_states_in_and_out(layer, l, with_h0):
 @pytest.mark.parametrize("layer", [s4, s4d])
 def test_misshapen_inputs_are_named(layer):
     dt, *system = random_system(layer.__name__)
-    for x in (torch.randn(2, 0, 3), torch.randn(2, 5, 4), torch.randn(5, 3)):
-        with pytest.raises(ValueError, match=r"expected \(b, l, d\) and \(d,\)"):
+    for x, message in ((torch.randn(2, 0, 3), "at least one step"),
+                       (torch.randn(2, 5, 4), r"dt has shape \(3,\), expected \(d = 4\)"),
+                       (torch.randn(5, 3), r"x has shape \(5, 3\), expected \(b, l, d\)")):
+        with pytest.raises(ValueError, match=message):
             layer(x, dt, *system)
     with pytest.raises(ValueError, match="recurrence, convolution, auto"):
         layer(torch.randn(2, 5, 3), dt, *system, impl="scan")

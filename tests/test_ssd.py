@@ -279,13 +279,13 @@ def test_memory_grows_linearly_with_length():
 def test_ssd_names_the_misshapen_input():
     x, dt, A, B, C, D, h0 = inputs(8)
     for arguments, message in (
-            ((x, dt[:, :7], A, B, C), r"dt has shape \(2, 7, 6\), expected \(2, 8, 6\)"),
-            ((x, dt, A[:5], B, C), r"A has shape \(5,\), expected \(6,\)"),
-            ((x, dt, A, B, C[:, :, :2]), r"C has shape \(2, 8, 2, 5\), expected \(2, 8, 3, 5\)"),
-            ((x, dt, A, B, C, D[:1]), r"D has shape \(1,\), expected \(6,\)"),
-            ((x, dt, A, B, C, D, h0[:1]), r"h0 has shape \(1, 6, 7, 5\), expected \(2, 6, 7, 5\)"),
-            ((x, dt, A, torch.cat([B, B[:, :, :1]], 2), torch.cat([C, C[:, :, :1]], 2)), "g dividing nh"),
-            ((x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0]), "l >= 1")):
+            ((x, dt[:, :7], A, B, C), r"dt has shape \(2, 7, 6\), expected \(b = 2, l = 8, nh = 6\)"),
+            ((x, dt, A[:5], B, C), r"A has shape \(5,\), expected \(nh = 6\)"),
+            ((x, dt, A, B, C[:, :, :2]), r"C has shape \(2, 8, 2, 5\), expected \(b = 2, l = 8, g = 3, n = 5\)"),
+            ((x, dt, A, B, C, D[:1]), r"D has shape \(1,\), expected \(nh = 6\)"),
+            ((x, dt, A, B, C, D, h0[:1]), r"h0 has shape \(1, 6, 7, 5\), expected \(b = 2, nh = 6, p = 7, n = 5\)"),
+            ((x, dt, A, torch.cat([B, B[:, :, :1]], 2), torch.cat([C, C[:, :, :1]], 2)), "6 heads do not divide into 4 groups"),
+            ((x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0]), "at least one step")):
         with pytest.raises(ValueError, match=message) as error:
             ssd(*arguments)
         assert "\n" not in str(error.value)
