@@ -122,9 +122,11 @@ def make_norm(c):
 def scan_upto(scan, sequences, state, upto):
     """y and state of scan(*sequences, state), sequences (b, l, ...); with upto the state after the first upto steps."""
     y, after = scan(*sequences, state)
-    if upto is not None:
-        after = scan(*(t[:, :upto] for t in sequences), state)[1]
-    return y, after
+    if upto is None:
+        return y, after
+    if upto == 0:
+        return y, state
+    return y, scan(*(t[:, :upto] for t in sequences), state)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,13 +164,13 @@ class S4D(nn.Module):
         self.D = nn.Parameter(torch.randn(d))
         self.out_proj = nn.Linear(d, 2 * d)
 
-    def scan(self, x, h):
+    def scan(self, x, h, upto):
         A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
-        return s4d(x, torch.exp(self.log_dt), A, 1.0, 2 * torch.view_as_complex(self.C), self.D, h)
+        C = 2 * torch.view_as_complex(self.C)
+        return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
 
     def forward(self, x, state=None, upto=None):
-        h = None if state is None else state.h
-        y, h = scan_upto(self.scan, [x], h, upto)
+        y, h = self.scan(x, None if state is None else state.h, upto)
         return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
 
 
@@ -189,11 +191,11 @@ class S4(S4D):
         self.P = nn.Parameter(torch.view_as_real(P))
         self.B = nn.Parameter(torch.view_as_real(B))
 
-    def scan(self, x, h):
+    def scan(self, x, h, upto):
         Lambda = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
         halves = [Lambda, *(torch.view_as_complex(t) for t in (self.P, self.B, self.C))]
         pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
-        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h)
+        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,8 +472,8 @@ class LM(nn.Module):
             self.embedding.weight = self.lm_head.weight
 
     def forward(self, tokens, state=None, upto=None):
-        if upto is not None and not 1 <= upto <= tokens.shape[1]:
-            raise ValueError(f"upto {upto} is not from 1 to {tokens.shape[1]}, the number of positions")
+        if upto is not None and not 0 <= upto <= tokens.shape[1]:
+            raise ValueError(f"upto {upto} is not from 0 to {tokens.shape[1]}, the number of positions")
         x = self.embedding(tokens)
         states = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):

@@ -43,6 +43,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 try:
@@ -52,7 +53,7 @@ except ImportError as error:  # everything but section 6 runs without
     triton = None
     no_triton = str(error)
 
-    class tl:
+    class tl:  # all that the definitions of section 6 ask for
         constexpr = int
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def _takes_triton(x, n):
     """Whether impl="auto" runs section 6: Triton is here and compiles for this GPU, and it can be worth it."""
     if triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
         return False
-    return x.shape[1] > 1 and n <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.shape[1] > 1 and n <= 64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,107 +375,85 @@ def dplr_legs(n):
 # both modes of a pair are computed here; S4D below needs only one of them.
 
 
-def dplr_step(x, dt, Lambda, P, B, h):
-    """h_t = Abar h_{t-1} + Bbar x_t in O(n): x (b, d), dt (d,), Lambda, P, B (d, n), h (b, d, n) -> h_t (b, d, n).
+def dplr_steps(dt, Lambda, P):
+    """step(h, push), the recurrence h_t = Abar h_{t-1} + Bbar x_t in O(n): push is B x_t, h and push (..., d, n).
 
-    The bilinear rule is (1 - dt/2 A) h_t = (1 + dt/2 A) h_{t-1} + dt B x_t. On the left stands a diagonal matrix plus
-    dt/2 P P^*, whose inverse is again diagonal plus rank one (Woodbury; S4 appendix C.2).
+    The bilinear rule is (1 - dt/2 A) h_t = (1 + dt/2 A) h_{t-1} + dt B x_t. With 1 + dt/2 A = 2 - (1 - dt/2 A) it reads
+        h_t = 2 (1 - dt/2 A)^-1 (h_{t-1} + dt/2 B x_t) - h_{t-1}.
+    The matrix to invert is diagonal plus dt/2 P P^*, so its inverse is, too (Woodbury; S4 appendix C.2).
+    dt (d,), Lambda, P (d, n). With P.conj() for P, h -> step(h, 0) multiplies by Abar from the right.
     """
     half = dt[:, None] / 2
-    A_h = Lambda * h - P * (P.conj() * h).sum(-1, keepdim=True)
-    right = h + half * A_h + 2 * half * B * x[..., None]
     inverse = 1 / (1 - half * Lambda)  # of the diagonal
-    inverse_right = inverse * right
-    inverse_P = inverse * P
-    factor = 1 / half + (P.conj() * inverse_P).sum(-1, keepdim=True)
-    return inverse_right - inverse_P * (P.conj() * inverse_right).sum(-1, keepdim=True) / factor
+    row = P.conj()
+    column = inverse * P / (1 / half + (row * inverse * P).sum(-1, keepdim=True))
 
+    def step(h, push):
+        g = inverse * (h + half * push)
+        return 2 * (g - column * (row * g).sum(-1, keepdim=True)) - h
 
-def dplr_matrix(dt, Lambda, P):
-    """Abar (d, n, n) of dplr_step, column by column: what it makes of each unit vector."""
-    eye = torch.eye(Lambda.shape[1], dtype=Lambda.dtype, device=Lambda.device)[:, None]  # (n, 1, n)
-    no_input = dt.new_zeros(1, 1)
-    return dplr_step(no_input, dt, Lambda, P, torch.zeros_like(P), eye).permute(1, 2, 0)
-
-
-def _cauchy(dt, Lambda, P, l):
-    """z (l,), the Cauchy matrix (d, l, n) and g (d, l) of s4_kernel, and Abar^l (d, n, n)."""
-    k = torch.arange(l, dtype=dt.dtype, device=dt.device)
-    z = torch.exp(-2j * math.pi / l * k)
-    step = dt[:, None, None]
-    matrix = 2 * step / (2 * (1 - z)[:, None] - step * (1 + z)[:, None] * Lambda[:, None])
-    g = (1 + z) / (2 + (1 + z) * (matrix @ (P.conj() * P)[..., None]).squeeze(-1))
-    return z, matrix, g, torch.linalg.matrix_power(dplr_matrix(dt, Lambda, P), l)
+    return step
 
 
 def s4_kernel(dt, Lambda, P, B, C, l):
-    """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
+    """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, C (d, n), B (..., d, n) -> K (..., d, l).
 
-    S4 appendix C.3, without l powers: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, transform back.
+    S4 appendix C.3, without l matrices: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, and transform
+    back.
         sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)        a geometric series
                                       = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                Abar, Bbar inserted
                                       = q(C', B) - g q(C', P) q(P^*, B)                        Woodbury
     with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
-    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero at z = -1; this form has no pole. We keep C,
-    not C', as the parameter, so l may change at will; the price is Abar^l, O(n^3 log l) per channel.
+    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero at z = -1; this form has no pole. The paper
+    learns C'. We learn C, so l may change at will, and take C Abar^l by l steps of O(n).
     """
-    return _cauchy_kernel(_cauchy(dt, Lambda, P, l), P, B, C)
-
-
-def _cauchy_kernel(cauchy, P, B, C):
-    """The kernel (..., d, l), B (..., d, n)."""
-    _, matrix, g, power = cauchy
-    C = C - (C[:, None] @ power).squeeze(1)
-    products = torch.broadcast_tensors(C * B, C * P, P.conj() * B)
-    CB, CP, PB = (matrix @ torch.stack(products, dim=-1)).unbind(-1)
+    C_power = C
+    step = dplr_steps(dt, Lambda, P.conj())
+    for _ in range(l):
+        C_power = step(C_power, 0)
+    C = C - C_power
+    z = torch.exp(-2j * math.pi / l * torch.arange(l, dtype=dt.dtype, device=dt.device))
+    dt = dt[:, None, None]
+    cauchy = 2 * dt / (2 * (1 - z)[:, None] - dt * (1 + z)[:, None] * Lambda[:, None])  # (d, l, n)
+    CP, PP = (cauchy @ torch.stack([C * P, P.conj() * P], dim=-1)).unbind(-1)  # q at every z, (d, l)
+    CB, PB = (cauchy @ torch.stack([C * B, P.conj() * B], dim=-1)).unbind(-1)
+    g = (1 + z) / (2 + (1 + z) * PP)
     return torch.fft.ifft(CB - g * CP * PB).real
 
 
-def _cauchy_state(cauchy, P, B, x):
-    """sum_j Abar^(l-1-j) Bbar x_j (b, d, n), what the inputs leave in the state.
-
-    It is a convolution at its last position, where circular and linear agree: the same formula, with each mode in the
-    place of C, and an inverse transform at the single index l - 1, where z^-(l-1) = z.
-    """
-    z, matrix, g, power = cauchy
-    X = (torch.fft.fft(x, dim=1) * z[:, None] / len(z)).permute(2, 0, 1)  # (d, b, l)
-    PB = (matrix @ (P.conj() * B)[..., None]).squeeze(-1)
-    h = B[:, None] * (X @ matrix) - P[:, None] * (X * (g * PB)[:, None] @ matrix)  # (d, b, n)
-    return (h - h @ power.mT).transpose(0, 1)
-
-
-def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto"):
+def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
 
     x (b, l, d), dt (d,); Lambda, P, B, C (d, n) complex; D (d,); h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution; auto is a recurrence for l = 1 only.
+    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. impl: recurrence, convolution;
+    auto is a recurrence for l = 1 only. The convolution still takes upto steps to find h: upto = 0 saves them.
     In the convolution h0 acts like one more input before the first: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
     """
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
+    l = x.shape[1]
     wide = x.to(dt.dtype)
-    if _is_recurrence(impl, x):
-        h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
-        hs = []
+    step = dplr_steps(dt, Lambda, P)
+    h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
+    if _is_recurrence(impl, l):
+        hs = [h]
         for x_t in wide.unbind(1):
-            h = dplr_step(x_t, dt, Lambda, P, B, h)
-            hs.append(h)
-        y = (torch.stack(hs, dim=1) * C).sum(-1).real
-        return _skip(y, wide, D).to(x.dtype), h
-    cauchy = _cauchy(dt, Lambda, P, x.shape[1])
-    y = fft_conv(wide, _cauchy_kernel(cauchy, P, B, C), D)
-    h = _cauchy_state(cauchy, P, B, wide)
+            hs.append(step(hs[-1], B * x_t[..., None]))
+        y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
+        return _skip(y, wide, D).to(x.dtype), hs[l if upto is None else upto]
+    y = fft_conv(wide, s4_kernel(dt, Lambda, P, B, C, l), D)
     if h0 is not None:
         A_h0 = Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)
-        y = y + _cauchy_kernel(cauchy, P, h0 / dt[:, None] + A_h0 / 2, C).mT
-        h = h + torch.einsum("dnm,bdm->bdn", cauchy[-1], h0)
+        y = y + s4_kernel(dt, Lambda, P, h0 / dt[:, None] + A_h0 / 2, C, l).mT
+    for x_t in wide[:, :upto].unbind(1):
+        h = step(h, B * x_t[..., None])
     return y.to(x.dtype), h
 
 
-def _is_recurrence(impl, x):
-    """Whether s4 or s4d steps through x (b, l, d)."""
+def _is_recurrence(impl, l):
+    """Whether s4 or s4d steps through l inputs."""
     paths = {"recurrence": True, "convolution": False}
-    return _choose(impl, "recurrence" if x.shape[1] == 1 else "convolution", paths)
+    return _choose(impl, "recurrence" if l == 1 else "convolution", paths)
 
 
 def _skip(y, x, D):
@@ -517,29 +496,33 @@ def s4d_kernel(dt, A, B, C, l):
     return _vandermonde_times(_vandermonde(dt[:, None] * A, l), C * Bbar)[..., :l]
 
 
-def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re sum_n C h_t + D x_t,   by zero-order hold
 
     x (b, l, d), dt (d,); A, B, C (d, n) complex, B may be a number; D (d,); h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h_last (b, d, n). impl: recurrence, convolution; auto is a recurrence for l = 1 only.
-    The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t whatever x is, and h_last is a sum over x.
+    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. impl: recurrence, convolution;
+    auto is a recurrence for l = 1 only. The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t
+    whatever x is, and h is a sum over the inputs.
     """
     _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), C=(C, "d n"), D=(D, "d"),
            h0=(h0, "b d n"))
-    wide = x.to(dt.dtype)
-    Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
-    if _is_recurrence(impl, x):
-        h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
-        y = (C * h).sum(-1).real
-        return _skip(y, wide, D).to(x.dtype), h[:, -1]
     l = x.shape[1]
+    end = l if upto is None else upto
+    wide = x.to(dt.dtype)
     z = dt[:, None] * A
-    powers = _vandermonde(z, l)
-    y = fft_conv(wide, _vandermonde_times(powers, C * Bbar)[..., :l], D)
-    h = Bbar * _vandermonde_transposed(powers, wide)
+    Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
+    if _is_recurrence(impl, l):
+        h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
+        y = _skip((C * h).sum(-1).real, wide, D)
+        return y.to(x.dtype), h[:, end - 1] if end else h0
+    y = fft_conv(wide, _vandermonde_times(_vandermonde(z, l), C * Bbar)[..., :l], D)
     if h0 is not None:
-        y = y + _vandermonde_times(powers, C * Abar * h0)[..., :l].mT
-        h = h + torch.exp(l * z) * h0
+        y = y + _vandermonde_times(_vandermonde(z, l), C * Abar * h0)[..., :l].mT
+    if end == 0:
+        return y.to(x.dtype), h0
+    h = Bbar * _vandermonde_transposed(_vandermonde(z, end), wide[:, :end])
+    if h0 is not None:
+        h = h + torch.exp(end * z) * h0
     return y.to(x.dtype), h
 
 
@@ -593,7 +576,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
     dt is positive already; softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
     Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU up to n = 256, else chunked.
+    for one step, else triton on a CUDA GPU up to n = 64, else chunked.
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
@@ -835,469 +818,291 @@ def _last_state(u, log_a, B, C, h0):
 SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The selective scan as GPU kernels, in Triton
+# 6. The selective scan on a GPU, in Triton
 #
-# A GPU computes far faster than its memory delivers, so no state may leave the chip. A program below is one warp, 32
-# threads in step; it walks through time as the naive loop does, with A and the states of a few channels in registers.
-# What moves is a row a step: x, dt, B and C in, y out.
+# If you only want to understand Mamba, stop here: this section computes nothing new. It improves on section 4 in memory
+# traffic. A GPU computes far faster than its memory delivers, and section 4 moves b l d n states. Here x, dt, B and C
+# come in, y goes out, and of the states only every 16th leaves the chip, which backward needs.
 #
-# Forward takes the three steps of section 2. (1) Walk every chunk from zero: what it adds to the state that enters it.
-# (2) Carry: a chunk's decay, the product of its exp(dt_t A), is exp(A sum dt), so a plain scan over the chunks gives
-# the states that truly enter. (3) Walk every chunk from its own. So one long sequence fills the GPU as many short ones
-# do; where batch and channels alone fill it, (1) and (2) are left out.
+# A kernel is a function that many programs run at once, each with a program_id of its own. A program here is one warp,
+# 32 threads in step, which takes one sequence and a tile of DIM channels and loops over t as the naive path does.
 #
-# Backward, with g_t = dL/dh_t in total and w_t = dL/d(dt_t A) as in section 4. What travels is q_t = a_t g_t: it obeys
-# a recurrence of the same kind, from the last step to the first, so (1) and (2) find the q that enters from behind.
-#     g_t = C_t dy_t + q_{t+1}        q_t = a_t (C_t dy_t + q_{t+1})        w_t = q_t h_{t-1}        dh0 = q_0
-# (3) needs the last h_{t-1} first. Forward kept a state a chunk; a walk through the chunk puts every fourth state into
-# a store of the program's own, small enough for the cache; and the four steps from there are a recursion four deep,
-# whose call stack, h and a, the compiler lays into registers: forward on the way in, backward on the way out.
+#             DIM channels                          one long sequence, cut into three pieces
+#           +--------------+
+#           | h and A stay | <- B_t, a column       walk    0 ----> end    0 ----> end    0 ----> end     all at once
+#  n states | in registers |                        carry  h0 --------->  h --------->  h --------->      in order
+#           |              | <- C_t, a column       walk   h0 ----> y     h ----> y     h ----> y         all at once
+#           +--------------+
+#            ^ x_t, dt_t, rows    v y_t, a row: the sum over states
 #
-#     the floor      b l d n exponentials, of which a multiprocessor of compute capability 8.0 or 9.0 does 16 a clock
-#                    beside 128 other instructions; and 3 b l d numbers through memory forward, 8 forward and backward.
-#                    We take an exponential once or twice forward and three times backward, recomputing what would
-#                    cost more to keep. In the loops stand 9 instructions an exponential forward, 6 in (1), 7 and 35
-#                    in the two of backward: it is bound by instructions, the others nearly by exponentials.
-#     registers      Triton lays a tile (states, dim) over the threads along d first. Forward a thread has one channel
-#                    with up to 16 states: y is a sum inside it. Backward also sums over d, for dB and dC, so there a
-#                    thread has 4 neighbouring channels and 2 states, and both sums cross few threads. Alignment decides
-#                    it: of a tile known to be aligned a thread loads 16 bytes at once.
-#     what is kept   A state a chunk, and dB and dC in parts, one a group of channels. Chunks and groups grow with n, so
-#                    that at any n neither takes more than half of x's memory in float32.
-#     deterministic  No atomics: parts are added up in a fixed order.
-#     edges          Rows past a sequence's end read as zero: dt = x = 0 leaves h as it is, and dy = C = 0 q. Rows are
-#                    counted in int64, as d times a row may pass 2^31. d and n are compiled in: addresses then differ by
-#                    constants, which take no registers. A model's first step waits some seconds for the compiler.
+# One long sequence is too few programs to fill a GPU, so it is cut into equal pieces, which are rows of a larger batch.
+# As in section 2 every piece is walked from zero, the states are carried through the pieces (the decay of a piece is
+# exp(A sum dt)), and every piece is walked again, from the state that enters it.
 #
-# exp(z) is exp2(z log2 e), the instruction there is: A comes times log2 e, and gradients to exponents times ln 2.
+# Backward, with g_t and w_t as in section 4. It carries q_t = a_t g_t, since that travels from step t to step t - 1:
+#     g_t = C_t dy_t + q_{t+1}        q_t = a_t g_t        w_t = q_t h_{t-1}        dh0 = q_0
+# The recurrence of q has the form of that of h, so the same kernel walks it from zero through the pieces. Every h_{t-1}
+# is needed again, the last one first, and division by a_t would not give it back where a_t is close to 0. So backward
+# takes the chunks of 16 steps, the last one first: from the state that forward kept it walks forward through the chunk,
+# writes each state into a scratch of 16 tiles, and walks back through it.
+#
+# Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order: there are no atomics,
+# so two runs give the same bits. The parts have n^2/256 times as many numbers as x, hence the limit to n = 64.
 
-LOG2E = math.log2(math.e)
-
-
-def _kernel(*unaligned):
-    """triton.jit, which without Triton is nothing; of the tiles named here a thread loads single numbers."""
-    if triton is None:
-        return lambda f: f
-    return triton.jit(do_not_specialize=["b", "l", "size", "width", "rows", "first"],
-                      do_not_specialize_on_alignment=list(unaligned))
-
-
-@_kernel()
-def _tile(block, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr):
-    """Channels (dim,) and states (states,) of a block; its tile in a matrix (n, d), with a mask."""
-    at_d, at_n = block * dim + tl.arange(0, dim), tl.arange(0, states)
-    return at_d, at_n, at_n[:, None] * d + at_d[None, :], (at_n[:, None] < n) & (at_d[None, :] < d)
+CHUNK = 16  # steps between the states that are kept
+TILE = 512  # numbers of a tile, 16 per thread
 
 
-@_kernel()
-def _row(p, row, left, at, columns: tl.constexpr):
-    """Numbers of a row, zero past its end and where no rows are left."""
-    return tl.load(p + row * columns + at, mask=at < tl.where(left > 0, columns, 0), other=0.0)
+def _kernel(f):
+    """f as a Triton kernel, or as it is where there is no Triton.
 
-
-@_kernel()
-def _put(p, numbers, row, left, at, columns: tl.constexpr):
-    """The same for writing."""
-    tl.store(p + row * columns + at, numbers, mask=at < tl.where(left > 0, columns, 0))
-
-
-@_kernel()
-def _step(h, A, x, dt, B, row, left, at_d, at_n, d: tl.constexpr, n: tl.constexpr):
-    """h_t, and what it was made of."""
-    x_t, dt_t = _row(x, row, left, at_d, d).to(h.dtype), _row(dt, row, left, at_d, d).to(h.dtype)  # (dim,)
-    B_t = _row(B, row, left, at_n, n).to(h.dtype)  # (states,)
-    a = tl.exp2(dt_t[None, :] * A)  # (states, dim)
-    return a * h + B_t[:, None] * (dt_t * x_t)[None, :], a, x_t, dt_t, B_t
-
-
-@_kernel("A", "ends")
-def _ends_kernel(x, dt, A, B, ends, total, l, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr,
-                 CHUNK: tl.constexpr, STEPS: tl.constexpr, BACK: tl.constexpr):
-    """(1) What a chunk adds to the h that enters it, and its sum of dt; BACK, to the q: then x is dy, and B is C.
-
-    Rows of ends and total are in the order of the walk; row 0 is left to what enters the first chunk.
+    Triton compiles a kernel anew for each value of a constexpr, and for integers that are 1 or divisible by 16 unless
+    told not to. d and n are constexpr, as a model has few of them; the length changes from call to call.
     """
-    blocks, chunks = tl.cdiv(d, dim), tl.cdiv(l, CHUNK)
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, k = chunk // chunks, chunk % chunks
-    at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
-    A_t = tl.load(A + tile, mask=on, other=0.0)
-    h, sum_dt = tl.zeros_like(A_t), tl.sum(tl.zeros_like(A_t), 0)
-    first, left = batch * l + k * CHUNK, tl.minimum(CHUNK, l - k * CHUNK).to(tl.int32)
-    for t in range(0, CHUNK, STEPS):
-        for i in tl.static_range(STEPS):
-            s = CHUNK - 1 - t - i if BACK else t + i
-            h_t, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + s, left - s, at_d, at_n, d, n)
-            h = a * (h + B_t[:, None] * x_t[None, :]) if BACK else h_t
-            sum_dt += dt_t
-    to = batch * (chunks + 1) + 1 + (chunks - 1 - k if BACK else k)
-    tl.store(ends + to * n * d + tile, h, mask=on)
-    tl.store(total + to * d + at_d, sum_dt, mask=at_d < d)
+    return f if triton is None else triton.jit(f, do_not_specialize=["l"])
 
 
-@_kernel()
-def _forward_steps(h, A, D, x, dt, B, C, y, row, left, at_d, at_n, d: tl.constexpr, n: tl.constexpr,
-                   STEPS: tl.constexpr):
-    """A recursion over steps: loads on the way in, stores on the way out, for no load may overtake a store."""
-    h, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, left, at_d, at_n, d, n)
-    C_t = _row(C, row, left, at_n, n).to(h.dtype)
-    y_t = tl.sum(C_t[:, None] * h, 0) + D * x_t
-    if STEPS > 1:
-        h = _forward_steps(h, A, D, x, dt, B, C, y, row + 1, left - 1, at_d, at_n, d, n, STEPS - 1)
-    _put(y, y_t, row, left, at_d, d)
-    return h
+@_kernel
+def _tile(d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr):
+    """A program's sequence, states and channels, its tile's offsets in a matrix (n, d), and a mask.
 
-
-@_kernel("A", "kept")
-def _forward_kernel(x, dt, A, B, C, D, kept, y, l, size, d: tl.constexpr, n: tl.constexpr, states: tl.constexpr,
-                    dim: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
-    """(3) y over size steps, a chunk or the whole length, from the state in kept, where those before chunks go."""
-    blocks, pieces, rows = tl.cdiv(d, dim), tl.cdiv(l, size), tl.cdiv(l, CHUNK).to(tl.int64) + 1
-    piece = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, first = piece // pieces, piece % pieces * size
-    at_d, at_n, tile, on = _tile(tl.program_id(0) % blocks, d, n, states, dim)
-    A_t, D_t = tl.load(A + tile, mask=on, other=0.0), tl.load(D + at_d, mask=at_d < d, other=0.0)
-    kept += batch * rows * n * d
-    h = tl.load(kept + first // CHUNK * n * d + tile, mask=on, other=0.0)
-    for t in range(first, tl.minimum(first + size, l), STEPS):
-        if t % CHUNK == 0:
-            tl.store(kept + t // CHUNK * n * d + tile, h, mask=on)
-        left = tl.minimum(STEPS, l - t).to(tl.int32)
-        h = _forward_steps(h, A_t, D_t, x, dt, B, C, y, batch * l + t, left, at_d, at_n, d, n, STEPS)
-    if first + size >= l:
-        tl.store(kept + (rows - 1) * n * d + tile, h, mask=on)
-
-
-@_kernel()
-def _there_and_back(h, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row, left, at_d, at_n, d: tl.constexpr,
-                    n: tl.constexpr, STEPS: tl.constexpr):
-    """STEPS steps forward from h_{t-1}, then back from q_{t+STEPS}: writes dx and ddt, adds to dB and dC.
-
-    h and a wait in registers for the way out. There is no room for rows: they come from the cache a second time.
+    N and DIM are powers of two. States beyond n and channels beyond d read as zero and are not written. The sequence is
+    int64, and so is all that is computed from it: an offset may pass 2^31.
     """
-    h_t, a, x_t, dt_t, B_t = _step(h, A, x, dt, B, row, left, at_d, at_n, d, n)
-    if STEPS > 1:
-        q, dA, dD = _there_and_back(h_t, q, dA, dD, A, D, x, dt, B, C, dy, dx, ddt, dB, dC, row + 1, left - 1, at_d,
-                                    at_n, d, n, STEPS - 1)
-    x_t, dt_t = _row(x, row, left, at_d, d).to(h.dtype), _row(dt, row, left, at_d, d).to(h.dtype)
-    B_t, C_t = _row(B, row, left, at_n, n).to(h.dtype), _row(C, row, left, at_n, n).to(h.dtype)
-    dB_t, dC_t = _row(dB, row, left, at_n, n), _row(dC, row, left, at_n, n)
-    dy_t, D_t = _row(dy, row, left, at_d, d).to(h.dtype), _row(D, 0, 1, at_d, d)
-    g = C_t[:, None] * dy_t[None, :] + q
-    q = a * g
-    w = q * h
-    gB = tl.sum(g * B_t[:, None], 0)
-    _put(dx, dt_t * gB + D_t * dy_t, row, left, at_d, d)
-    _put(ddt, x_t * gB + 0.6931471805599453 * tl.sum(w * A, 0), row, left, at_d, d)
-    _put(dB, dB_t + tl.sum(g * (dt_t * x_t)[None, :], 1), row, left, at_n, n)
-    _put(dC, dC_t + tl.sum(h_t * dy_t[None, :], 1), row, left, at_n, n)
-    return q, dA + w * dt_t[None, :], dD + x_t * dy_t
+    states = tl.arange(0, N)[:, None]  # (N, 1)
+    channels = tl.program_id(1) * DIM + tl.arange(0, DIM)[None, :]  # (1, DIM)
+    mask = (states < n) & (channels < d)
+    return tl.program_id(0).to(tl.int64), states, channels, states * d + channels, mask
 
 
-@_kernel()
-def _backward_kernel(x, dt, A, B, C, D, starts, behind, store, dy, dx, ddt, dB, dC, dD, b, l, d: tl.constexpr,
-                     n: tl.constexpr, states: tl.constexpr, dim: tl.constexpr, BLOCKS: tl.constexpr,
-                     CHUNK: tl.constexpr, STEPS: tl.constexpr):
-    """(3) All gradients of a chunk and a group of BLOCKS blocks of channels, block after block.
+@_kernel
+def _row(matrix, row, columns, width: tl.constexpr, like):
+    """The given columns of a row of a matrix, in the dtype of like."""
+    return tl.load(matrix + row * width + columns, mask=columns < width, other=0.0).to(like.dtype)
 
-    A program takes several chunks and groups in turn, so that there are no more stores than programs; each turn of its
-    one loop is a block, and finds its place anew, as no register is free to remember it. starts holds the h before each
-    chunk, behind the q after it, which dA replaces. dB and dC add up over the group's blocks here, from zero, and over
-    groups outside.
+
+@_kernel
+def _walk(x, dt, A, B, C, D, enter, y, starts, last, l,
+          d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr,
+          CHUNK: tl.constexpr, FULL: tl.constexpr, BACK: tl.constexpr):
+    """Walks through a sequence, from the state that enters it to its last state.
+
+    FULL: also writes y and the states before chunks. BACK: q instead of h, from the last step to the first; then x is
+    dy and B is C. exp(z) is exp2(z log2(e)), and exp2 is one instruction: A comes times log2(e).
     """
-    chunks, groups = tl.cdiv(l, CHUNK), tl.cdiv(d, dim * BLOCKS)
-    store += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS * states * dim)
-    store += tl.arange(0, states)[:, None] * dim + tl.arange(0, dim)[None, :]
-    for turn in range(0, tl.cdiv(b * chunks * groups - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
-        item = tl.program_id(0) + turn // BLOCKS * tl.num_programs(0)
-        chunk, group = (item // groups).to(tl.int64), item % groups
-        batch, k, part = chunk // chunks, chunk % chunks, group.to(tl.int64) * b * l * n
-        first, left = batch * l + k * CHUNK, tl.minimum(CHUNK, l - k * CHUNK).to(tl.int32)
-        runs = tl.cdiv(left, STEPS).to(tl.int64)
-        at_d, at_n, tile, on = _tile(group * BLOCKS + turn % BLOCKS, d, n, states, dim)
-        A_t = tl.load(A + tile, mask=on, other=0.0)
-        h = tl.load(starts + (batch * (chunks + 1) + k) * n * d + tile, mask=on, other=0.0)
-        entry = behind + (batch * (chunks + 1) + chunks - 1 - k) * n * d + tile
-        q = tl.load(entry, mask=on, other=0.0)
-        dA, dD_t = tl.zeros_like(q), tl.sum(tl.zeros_like(q), 0)
-        for s in range(0, runs):
-            tl.store(store + s * (states * dim), h)
-            t = s * STEPS
-            for i in tl.static_range(STEPS):
-                h, a, x_t, dt_t, B_t = _step(h, A_t, x, dt, B, first + t + i, left - t.to(tl.int32) - i, at_d, at_n,
-                                             d, n)
-        tl.debug_barrier()  # the store is complete
-        for s in range(runs - 1, -1, -1):
-            h = tl.load(store + s * (states * dim))
-            t = s * STEPS
-            q, dA, dD_t = _there_and_back(h, q, dA, dD_t, A_t, D, x, dt, B, C, dy, dx, ddt, dB + part, dC + part,
-                                          first + t, left - t.to(tl.int32), at_d, at_n, d, n, STEPS)
-        tl.store(entry, dA, mask=on)
-        tl.store(dD + chunk * d + at_d, dD_t, mask=at_d < d)
-        tl.debug_barrier()  # the next block's threads add to dB and dC that others wrote
-
-
-@_kernel()
-def _scan_kernel(a, b, enter, out, decay, l, size, width, BLOCK: tl.constexpr, ENDS: tl.constexpr):
-    """The plain scan: a chunk's h from the state that enters it; ENDS: its last h from zero, and its decay."""
-    blocks, chunks = tl.cdiv(width, BLOCK), tl.cdiv(l, size)
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    on = at < width
-    first = chunk // chunks * l + chunk % chunks * size
-    h = tl.load(enter + chunk * width + at, mask=at < (0 if ENDS else width), other=0.0)
-    product = tl.zeros_like(h) + 1
-    for row in range(first, tl.minimum(first + size, (chunk // chunks + 1) * l)):
-        a_t = tl.load(a + row * width + at, mask=on, other=0.0)
-        h = a_t * h + tl.load(b + row * width + at, mask=on, other=0.0)
-        if ENDS:
-            product *= a_t
+    sequence, states, channels, tile, mask = _tile(d, n, N, DIM)
+    A_tile = tl.load(A + tile, mask=mask, other=0.0)  # (N, DIM)
+    h = tl.load(enter + sequence * n * d + tile, mask=mask, other=0.0)  # (N, DIM)
+    if FULL:
+        D_row = tl.load(D + channels, mask=channels < d, other=0.0)  # (1, DIM)
+    for i in tl.range(0, l, num_stages=3):  # the rows of the next two steps are on their way
+        row = sequence * l + (l - 1 - i if BACK else i)
+        x_t = _row(x, row, channels, d, h)  # (1, DIM)
+        dt_t = _row(dt, row, channels, d, h)  # (1, DIM)
+        B_t = _row(B, row, states, n, h)  # (N, 1)
+        a = tl.exp2(dt_t * A_tile)  # (N, DIM)
+        if FULL and i % CHUNK == 0:
+            chunk = sequence * tl.cdiv(l, CHUNK) + i // CHUNK
+            tl.store(starts + chunk * n * d + tile, h, mask=mask)
+        if BACK:
+            h = a * (h + B_t * x_t)
         else:
-            tl.store(out + row * width + at, h, mask=on)
-    if ENDS:
-        tl.store(out + chunk * width + at, h, mask=on)
-        tl.store(decay + chunk * width + at, product, mask=on)
+            h = a * h + B_t * (dt_t * x_t)
+        if FULL:
+            C_t = _row(C, row, states, n, h)  # (N, 1)
+            y_t = tl.sum(C_t * h, 0, keep_dims=True) + D_row * x_t  # (1, DIM)
+            tl.store(y + row * d + channels, y_t, mask=channels < d)
+    tl.store(last + sequence * n * d + tile, h, mask=mask)
 
 
-@_kernel()
-def _conv_kernel(x, taps, bias, y, rows, l, first, d: tl.constexpr, k: tl.constexpr, BLOCK: tl.constexpr,
-                 ROWS: tl.constexpr):
-    """The convolution beside the scan, y_t = bias + sum_j taps_j x_{first+t+j}, zeros where x (b, rows, d) has no row.
-
-    A program's rows overlap k times, in the cache: memory sees x once and y once, where a product a tap sees 3 k.
-    """
-    blocks, pieces = tl.cdiv(d, BLOCK), tl.cdiv(l, ROWS)
-    piece = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, t = piece // pieces, piece % pieces * ROWS + tl.arange(0, ROWS)[:, None]
-    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
-    bias_t = tl.load(bias + at, mask=at < d, other=0.0)
-    y_t = tl.zeros((ROWS, BLOCK), bias_t.dtype) + bias_t
-    for j in tl.static_range(k):
-        row, tap = first + t + j, tl.load(taps + j * d + at, mask=at < d, other=0.0)
-        on = (row >= 0) & (row < rows) & (at < d)
-        y_t += tap * tl.load(x + (batch * rows + row) * d + at, mask=on, other=0.0).to(tap.dtype)
-    tl.store(y + (batch * l + t) * d + at, y_t, mask=(t < l) & (at < d))
-
-
-@_kernel()
-def _conv_taps_kernel(x, dy, parts, l, size, d: tl.constexpr, k: tl.constexpr, BLOCK: tl.constexpr,
-                      ROWS: tl.constexpr):
-    """dL/dtaps_j = sum_t dy_t x_{t+j} over size steps of a sequence; x (b, l+k-1, d), a program for every tap."""
-    blocks, pieces = tl.cdiv(d, BLOCK), tl.cdiv(l, size)
-    j, piece = tl.program_id(0) % k, (tl.program_id(0) // k // blocks).to(tl.int64)
-    batch, first = piece // pieces, piece % pieces * size
-    at = tl.program_id(0) // k % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
-    dtap = tl.zeros((ROWS, BLOCK), parts.dtype.element_ty)
-    for start in range(first, tl.minimum(first + size, l), ROWS):
-        t = start + tl.arange(0, ROWS)[:, None]
-        on = (t < l) & (at < d)
-        dy_t = tl.load(dy + (batch * l + t) * d + at, mask=on, other=0.0).to(dtap.dtype)
-        dtap += dy_t * tl.load(x + (batch * (l + k - 1) + t + j) * d + at, mask=on, other=0.0).to(dtap.dtype)
-    tl.store(parts + (piece * k + j) * d + at, tl.sum(dtap, 0)[None, :], mask=at < d)
-
-
-# From here on Python: how many programs of which size, and each direction as one operator for torch.compile
-
-
-def _fill(device):
-    """How many programs fill the device: 16 warps a multiprocessor, so that some compute while others wait."""
-    return 16 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _launch(kernel, programs, *args, **sizes):
-    """One warp a program, so that what its threads tell each other stays among them."""
-    if programs:
-        with torch.cuda.device_of(args[0]):
-            kernel[(programs,)](*args, num_warps=1, **sizes)
-
-
-def _operator(schema):
-    """f as an operator that torch.compile does not look into; register_fake says what it gives for shapes alone."""
-    return lambda f: torch.library.custom_op("bytestate::" + f.__name__[1:], f, mutates_args=(), schema=schema)
-
-
-@_operator("(Tensor a, Tensor b, Tensor h0) -> Tensor")
-def _triton_scan(a, b, h0):
-    """All contiguous. Chunks only where batch and columns do not fill the GPU; their carries are a shorter scan."""
-    (batch, l), width = b.shape[:2], math.prod(b.shape[2:])
-    blocks, out = -(-width // 32), torch.empty_like(b)
-    size = max(64, -(-l // max(1, _fill(b.device) // max(1, batch * blocks))))
-    chunks, enter = -(-l // size), h0
-    run = functools.partial(_launch, _scan_kernel, batch * chunks * blocks, a, b, BLOCK=32)
-    if chunks > 1:
-        ends, decay = b.new_empty(2, batch, chunks, *b.shape[2:])
-        run(h0, ends, decay, l, size, width, ENDS=True)
-        enter = torch.cat([h0[:, None], _triton_scan(decay, ends, h0)[:, :-1]], dim=1)
-    run(enter, out, out, l, size, width, ENDS=False)
-    return out
+@_kernel
+def _walk_back(x, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, dC, dD, dh0, l,
+               d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr,
+               CHUNK: tl.constexpr):
+    """All gradients of a sequence and a tile; dA and dD per sequence, dB and dC per tile."""
+    sequence, states, channels, tile, mask = _tile(d, n, N, DIM)
+    A_tile = tl.load(A + tile, mask=mask, other=0.0)  # (N, DIM)
+    D_row = tl.load(D + channels, mask=channels < d, other=0.0)  # (1, DIM)
+    q = tl.load(enter + sequence * n * d + tile, mask=mask, other=0.0)  # (N, DIM)
+    dA_sum = tl.zeros_like(q)
+    dD_sum = tl.zeros_like(D_row)
+    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) * l  # in rows of dB and dC
+    scratch += (sequence * tl.num_programs(1) + tl.program_id(1)) * CHUNK * N * DIM
+    scratch += tl.arange(0, N)[:, None] * DIM + tl.arange(0, DIM)[None, :]  # (N, DIM)
+    for chunk in range(tl.cdiv(l, CHUNK) - 1, -1, -1):
+        first = sequence * l + chunk * CHUNK
+        steps = tl.minimum(CHUNK, l - chunk * CHUNK)
+        kept = sequence * tl.cdiv(l, CHUNK) + chunk
+        h = tl.load(starts + kept * n * d + tile, mask=mask, other=0.0)  # (N, DIM)
+        for i in tl.range(0, steps, num_stages=3):
+            tl.store(scratch + i * (N * DIM), h)  # h_{t-1}
+            x_t = _row(x, first + i, channels, d, h)
+            dt_t = _row(dt, first + i, channels, d, h)
+            B_t = _row(B, first + i, states, n, h)
+            h = tl.exp2(dt_t * A_tile) * h + B_t * (dt_t * x_t)
+        # With num_stages loads run ahead of stores. So the loop above only writes the scratch, the one below only reads
+        # it, and between them a barrier makes the stores of each thread visible to all threads of the program.
+        tl.debug_barrier()
+        for i in tl.range(0, steps, num_stages=3):
+            row = first + steps - 1 - i
+            before = tl.load(scratch + (steps - 1 - i) * (N * DIM))  # (N, DIM): h_{t-1}, while h is h_t
+            x_t = _row(x, row, channels, d, h)  # (1, DIM)
+            dt_t = _row(dt, row, channels, d, h)  # (1, DIM)
+            dy_t = _row(dy, row, channels, d, h)  # (1, DIM)
+            B_t = _row(B, row, states, n, h)  # (N, 1)
+            C_t = _row(C, row, states, n, h)  # (N, 1)
+            g = C_t * dy_t + q  # (N, DIM)
+            q = tl.exp2(dt_t * A_tile) * g
+            w = q * before
+            dA_sum += w * dt_t
+            dD_sum += x_t * dy_t
+            du = tl.sum(g * B_t, 0, keep_dims=True)  # (1, DIM)
+            wA = 0.6931471805599453 * tl.sum(w * A_tile, 0, keep_dims=True)  # ln 2 undoes log2(e)
+            tl.store(dx + row * d + channels, dt_t * du + D_row * dy_t, mask=channels < d)
+            tl.store(ddt + row * d + channels, x_t * du + wA, mask=channels < d)
+            dB_t = tl.sum(g * (dt_t * x_t), 1, keep_dims=True)  # (N, 1)
+            dC_t = tl.sum(h * dy_t, 1, keep_dims=True)
+            tl.store(dB + (part + row) * n + states, dB_t, mask=states < n)
+            tl.store(dC + (part + row) * n + states, dC_t, mask=states < n)
+            h = before
+        tl.debug_barrier()  # the next chunk writes over the scratch
+    tl.store(dh0 + sequence * n * d + tile, q, mask=mask)
+    tl.store(dA + sequence * n * d + tile, dA_sum, mask=mask)
+    tl.store(dD + sequence * d + channels, dD_sum, mask=channels < d)
 
 
-@_triton_scan.register_fake
-def _(a, b, h0):
-    return torch.empty_like(b)
+# From here on Python. A is (n, d) and states are (b, n, d): neighbouring threads read neighbouring channels
 
 
-def _sizes(d, n, numbers):
-    """What is compiled in: tiles of so many numbers, and chunks of 64 steps, or 2 n if that is more."""
-    states = 1 << (n - 1).bit_length()
-    dim, chunk = max(1, numbers // states), max(64, 2 * states)
-    return {"d": d, "n": n, "states": states, "dim": dim, "CHUNK": chunk, "STEPS": 4}
+def _constants(d, n):
+    """The constants of a kernel, and the number of tiles."""
+    N = triton.next_power_of_2(n)
+    DIM = TILE // N
+    return {"d": d, "n": n, "N": N, "DIM": DIM, "CHUNK": CHUNK}, math.ceil(d / DIM)
 
 
-def _carries(x, dt, A, B, h0, back):
-    """(1) and (2): the state before every chunk and after the last, (b, chunks + 1, n, d); back, the q behind them."""
-    (b, l, d), n, sizes = x.shape, len(A), _sizes(x.shape[2], len(A), 512)
-    chunks = -(-l // sizes["CHUNK"])
-    ends, total = A.new_empty(b, chunks + 1, n, d), A.new_empty(b, chunks + 1, d)
-    ends[:, 0], total[:, 0] = h0, 0
-    _launch(_ends_kernel, b * chunks * -(-d // sizes["dim"]), x, dt, A, B, ends, total, l, BACK=back, **sizes)
-    return _triton_scan((total[:, :, None] * A).exp2_(), ends, torch.zeros_like(h0))
+def _launch(kernel, x, A, *args, **flags):
+    """Starts a program, one warp, for every sequence of x (b, l, d) and every tile."""
+    constants, tiles = _constants(x.shape[2], len(A))
+    if len(x):
+        with torch.cuda.device_of(x):
+            kernel[len(x), tiles](x, *args, x.shape[1], num_warps=1, enable_fp_fusion=True,
+                                  **constants, **flags)
 
 
-@_operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor h0) -> (Tensor, Tensor)")
-def _selective_forward(x, dt, A, B, C, D, h0):
-    """y (b, l, d), and the states before every chunk and after the last; A (n, d), h0 (b, n, d)."""
-    (b, l, d), n, sizes = x.shape, len(A), _sizes(x.shape[2], len(A), 512)
-    blocks, y = -(-d // sizes["dim"]), torch.empty_like(x)
-    if b * blocks >= _fill(x.device):
-        size, kept = l, A.new_empty(b, -(-l // sizes["CHUNK"]) + 1, n, d)
-        kept[:, 0] = h0
-    else:
-        size, kept = sizes["CHUNK"], _carries(x, dt, A, B, h0, False)
-    _launch(_forward_kernel, b * -(-l // size) * blocks, x, dt, A, B, C, D, kept, y, l, size, **sizes)
-    return y, kept
+def _pieces(b, l, d, n, device):
+    """The number of pieces of a sequence: halves while a multiprocessor has fewer than 2 programs and l is even."""
+    fill = 0
+    if device.type == "cuda":
+        fill = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    pieces = 1
+    while pieces * b * _constants(d, n)[1] < fill and l % (2 * pieces * CHUNK) == 0:
+        pieces *= 2
+    return pieces
 
 
-@_selective_forward.register_fake
+def _cut(pieces, *tensors):
+    """Sequences (b, l, ...) in pieces (b pieces, l / pieces, ...)."""
+    return [t.unflatten(1, (pieces, t.shape[1] // pieces)).flatten(0, 1) for t in tensors]
+
+
+def _entering(x, dt, A, B, h0, pieces, back):
+    """What enters each piece (b pieces, n, d), given h0 (b, n, d); x, dt and B are cut. back: the q from behind."""
+    if pieces == 1:
+        return h0
+    ends = A.new_zeros(len(x), *A.shape)  # zero enters, and a piece's last state replaces it
+    _launch(_walk, x, A, dt, A, B, None, None, ends, None, None, ends, FULL=False, BACK=back)
+    decay = torch.exp2(dt.sum(1, dtype=A.dtype)[:, None] * A).unflatten(0, (-1, pieces))
+    ends = ends.unflatten(0, (-1, pieces))  # (b, pieces, n, d)
+    if back:
+        decay, ends = decay.flip(1), ends.flip(1)
+    h = scan(decay, ends, h0, "naive")
+    enter = torch.cat([h0[:, None], h[:, :-1]], dim=1)
+    return (enter.flip(1) if back else enter).flatten(0, 1)
+
+
+# torch.compile does not look into an operator; a fake, which gives the shapes of its outputs, is enough. Its name holds
+# this module's, so that two copies of this file can be imported together. All tensors are contiguous.
+OPERATOR = f"bytestate_{__name__.replace('.', '_')}::selective_"
+
+
+@torch.library.custom_op(OPERATOR + "forward", mutates_args=())
+def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and the states before chunks (b, chunks, n, d)."""
+    b, l, d = x.shape
+    pieces = _pieces(b, l, d, len(A), x.device)
+    x, dt, B, C = _cut(pieces, x, dt, B, C)
+    enter = _entering(x, dt, A, B, h0, pieces, back=False)
+    y, last = torch.empty_like(x), torch.empty_like(enter)
+    starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)
+    _launch(_walk, x, A, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
+    return y.view(b, l, d), last[pieces - 1::pieces].clone(), starts
+
+
+@torch.library.custom_op(OPERATOR + "backward", mutates_args=())
+def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor,
+              dy: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, dt, A before it came times log2(e), B, C, D and h0."""
+    b, l, d = x.shape
+    pieces = _pieces(b, l, d, len(A), x.device)
+    x, dt, B, C, dy = _cut(pieces, x, dt, B, C, dy)
+    enter = _entering(dy, dt, A, C, dh, pieces, back=True)
+    constants, tiles = _constants(d, len(A))
+    scratch = A.new_empty(b * pieces, tiles, CHUNK, constants["N"], constants["DIM"])
+    dx, ddt, dA, dh0 = (torch.empty_like(t) for t in (x, dt, enter, enter))
+    dB, dC = (A.new_empty(tiles, *t.shape) for t in (B, C))
+    dD = A.new_empty(b * pieces, d)
+    _launch(_walk_back, x, A, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, dC, dD, dh0)
+    dB = dB.sum(0).to(B.dtype).view(b, l, len(A))
+    dC = dC.sum(0).to(C.dtype).view(b, l, len(A))
+    return dx.view(b, l, d), ddt.view(b, l, d), dA.sum(0), dB, dC, dD.sum(0), dh0[::pieces].clone()
+
+
+@_forward.register_fake
 def _(x, dt, A, B, C, D, h0):
-    chunks = -(-x.shape[1] // _sizes(1, len(A), 1)["CHUNK"])
-    return torch.empty_like(x), A.new_empty(x.shape[0], chunks + 1, *A.shape)
+    chunks = (x.shape[1] + CHUNK - 1) // CHUNK  # the length may be a symbol
+    return torch.empty_like(x), torch.empty_like(h0), A.new_empty(x.shape[0], chunks, *A.shape)
 
 
-@_operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor kept, Tensor dy, Tensor dh) -> "
-           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _selective_backward(x, dt, A, B, C, D, kept, dy, dh):
-    """Gradients to x, dt, A before it was scaled, B, C, D, h0. A group has 128 channels, or 4 n if that is more."""
-    (b, l, d), n, chunks, sizes = x.shape, len(A), kept.shape[1] - 1, _sizes(x.shape[2], len(A), 256)
-    blocks = max(1, min(max(128, 4 * n), d) // sizes["dim"])
-    groups = -(-d // (blocks * sizes["dim"]))
-    programs = min(b * chunks * groups, max(2, _fill(x.device) // 2))  # there are registers for half as many
-    behind = _carries(dy, dt, A, C, dh, True)
-    dh0 = behind[:, -1].clone()
-    store = A.new_empty(programs, sizes["CHUNK"] // sizes["STEPS"], sizes["states"] * sizes["dim"])
-    dx, ddt, dD = torch.empty_like(x), torch.empty_like(dt), A.new_empty(b * chunks, d)
-    dB, dC = A.new_zeros(2, groups, b, l, n)
-    _launch(_backward_kernel, programs, x, dt, A, B, C, D, kept, behind, store, dy, dx, ddt, dB, dC, dD, b, l,
-            BLOCKS=blocks, **sizes)
-    return dx, ddt, behind[:, :-1].sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dh0
-
-
-@_selective_backward.register_fake
-def _(x, dt, A, B, C, D, kept, dy, dh):
+@_backward.register_fake
+def _(x, dt, A, B, C, D, starts, dy, dh):
     return tuple(torch.empty_like(t) for t in (x, dt, A, B, C, D, dh))
 
 
 class _SelectiveTriton(torch.autograd.Function):
-    """Both directions. What is not contiguous is copied: a strided row would fetch 32 bytes for each number in use."""
+    """Both directions. Strided inputs are copied, since a GPU reads no less than 32 bytes at a place."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, h0):
-        inputs = [t.contiguous() for t in (x, dt, A.mT * LOG2E, B, C, D)]
-        y, kept = _selective_forward(*inputs, h0.mT.contiguous())
-        ctx.save_for_backward(*inputs, kept)
-        return y, kept[:, -1].mT.clone(memory_format=torch.contiguous_format)
+        inputs = [t.contiguous() for t in (x, dt, A.mT * math.log2(math.e), B, C, D)]
+        y, last, starts = _forward(*inputs, h0.mT.contiguous())
+        ctx.save_for_backward(*inputs, starts)
+        return y, last.mT.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh):
-        dx, ddt, dA, dB, dC, dD, dh0 = _selective_backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
+        dx, ddt, dA, dB, dC, dD, dh0 = _backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
         return dx, ddt, dA.mT, dB, dC, dD, dh0.mT
 
 
-@_operator("(Tensor x, Tensor taps, Tensor bias, int l, int first, ScalarType dtype) -> Tensor")
-def _conv(x, taps, bias, l, first, dtype):
-    """All contiguous; y (b, l, d) in dtype, computed in that of taps and bias."""
-    (b, rows, d), y = x.shape, x.new_empty(x.shape[0], l, x.shape[2], dtype=dtype)
-    _launch(_conv_kernel, b * -(-l // 8) * -(-d // 128), x, taps, bias, y, rows, l, first, d=d, k=len(taps), BLOCK=128,
-            ROWS=8)
-    return y
-
-
-@_conv.register_fake
-def _(x, taps, bias, l, first, dtype):
-    return x.new_empty(x.shape[0], l, x.shape[2], dtype=dtype)
-
-
-@_operator("(Tensor x, Tensor dy, Tensor taps) -> Tensor")
-def _conv_taps(x, dy, taps):
-    """The gradient to taps (k, d), its parts added up in a fixed order."""
-    (b, l, d), k = dy.shape, len(taps)
-    blocks = -(-d // 128)
-    size = max(64, 8 * -(-l * b * blocks * k // (8 * _fill(x.device))))
-    pieces = -(-l // size)
-    parts = taps.new_empty(b * pieces, k, d)
-    _launch(_conv_taps_kernel, b * pieces * blocks * k, x, dy, parts, l, size, d=d, k=k, BLOCK=128, ROWS=8)
-    return parts.sum(0)
-
-
-@_conv_taps.register_fake
-def _(x, dy, taps):
-    return torch.empty_like(taps)
-
-
-class _Conv(torch.autograd.Function):
-    """To x goes the same convolution with the taps turned round, over dy with k - 1 zeros before and after it."""
-
-    @staticmethod
-    def forward(ctx, x, taps, bias):
-        ctx.dtypes, dtype = (taps.dtype, bias.dtype), torch.promote_types(x.dtype, taps.dtype)
-        wide = _wide_dtype(x, taps, bias)
-        x, taps, bias = x.contiguous(), taps.to(wide).contiguous(), bias.to(wide).contiguous()
-        ctx.save_for_backward(x, taps)
-        return _conv(x, taps, bias, x.shape[1] - len(taps) + 1, 0, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (x, taps), dy = ctx.saved_tensors, dy.contiguous()
-        dx = _conv(dy, taps.flip(0), torch.zeros_like(taps[0]), x.shape[1], 1 - len(taps), x.dtype)
-        return dx, _conv_taps(x, dy, taps).to(ctx.dtypes[0]), dy.sum((0, 1), dtype=taps.dtype).to(ctx.dtypes[1])
-
-
-def triton_conv(x, taps, bias):
-    """y_t = bias + sum_j taps_j x_{t+j}: x (b, l+k-1, d), taps (k, d), bias (d,) -> y (b, l, d), the widest dtype."""
-    _check_triton("triton_conv", x)
-    return _Conv.apply(x, taps, bias)
-
-
-def _scan_triton(a, b, h0):
-    _check_triton("scan", b)
-    return _Scan.apply(lambda *t: _triton_scan(*(s.contiguous() for s in t)), a, b, h0)
-
-
 def _selective_triton(x, dt, A, B, C, D, h0):
-    """x, dt, B and C go in as they are, and are widened in registers; A, D and the states are wide."""
-    _check_triton("selective_scan", x)
-    b, (d, n) = x.shape[0], A.shape
-    if not 1 <= n <= 256:
-        raise ValueError(f'selective_scan: impl="triton" takes 1 to 256 states a channel, not {n}; use impl="chunked"')
-    dtype, out = _wide_dtype(x, dt, A, B, C, D, h0), x.dtype
-    if dtype == torch.float64:
-        x, dt, B, C = x.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
-    D = x.new_zeros(d, dtype=dtype) if D is None else D.to(dtype)
-    h0 = x.new_zeros(b, d, n, dtype=dtype) if h0 is None else h0.to(dtype)
-    y, h = _SelectiveTriton.apply(x, dt, A.to(dtype), B, C, D, h0)
-    return y.to(out), h
-
-
-def _check_triton(name, x):
-    """One line on why impl="triton" cannot run, and what can."""
+    """selective_scan by these kernels. x, dt, B and C keep their dtypes in memory and are widened in registers."""
+    d, n = A.shape
+    inputs = [t for t in (x, dt, A, B, C, D, h0) if t is not None]
+    why = None
     if triton is None:
         why = f"Triton does not import ({no_triton})"
-    elif x.is_complex():
+    elif any(t.is_complex() for t in inputs):
         why = "its kernels are for real numbers"
-    elif not x.is_cuda and isinstance(_forward_kernel, triton.JITFunction):
-        why = f"the tensors are on {x.device}, where it needs TRITON_INTERPRET=1 in the environment from the start"
-    else:
-        return
-    raise RuntimeError(f'{name}: impl="triton" cannot run: {why}; use impl="chunked"')
+    elif not 1 <= n <= 64:
+        why = f"its kernels take 1 to 64 states per channel, not {n}"
+    elif not x.is_cuda and isinstance(_walk, triton.JITFunction):
+        why = f"on {x.device} it needs TRITON_INTERPRET=1 in the environment when Python starts"
+    if why:
+        raise RuntimeError(f'selective_scan: impl="triton" cannot run: {why}; use impl="chunked"')
+    wide = _wide_dtype(*inputs)
+    D = x.new_zeros(d, dtype=wide) if D is None else D.to(wide)
+    h0 = x.new_zeros(x.shape[0], d, n, dtype=wide) if h0 is None else h0.to(wide)
+    return _SelectiveTriton.apply(x, dt, A.to(wide), B, C, D, h0)

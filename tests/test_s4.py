@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from scan import (dense_kernel, discretize, discretize_dense, dplr_legs, dplr_matrix, dplr_step, fft_conv, hippo_legs,
+from scan import (dense_kernel, discretize, discretize_dense, dplr_legs, dplr_steps, fft_conv, hippo_legs,
                   legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
 
 F64, C128 = torch.float64, torch.complex128
@@ -160,11 +160,12 @@ def test_the_low_rank_step_is_the_dense_step():
     """O(n) instead of O(n^2), the same Abar and Bbar (S4, appendix C.2)."""
     (dt, Lambda, P, B, _), _ = legs_layer(8, [0.01, 0.1, 1.0])
     V, h, x = dplr_legs(8)[3], torch.randn(2, 3, 8, dtype=C128), torch.randn(2, 3, dtype=F64)
-    got = dplr_step(x, dt, Lambda, P, B, h)
+    got = dplr_steps(dt, Lambda, P)(h, B * x[..., None])
+    from_the_right = dplr_steps(dt, Lambda, P.conj())(h, 0)
     for i, step in enumerate(dt.tolist()):
         Abar, Bbar = (t.to(C128) for t in discretize_dense(step, *hippo_legs(8), "bilinear"))
         close(got[:, i], h[:, i] @ (V.mH @ Abar @ V).T + x[:, i, None] * (V.mH @ Bbar))
-        close(dplr_matrix(dt, Lambda, P)[i], V.mH @ Abar @ V)
+        close(from_the_right[:, i], h[:, i] @ (V.mH @ Abar @ V))
 
 
 def test_s4_kernel_of_size_four():
