@@ -109,7 +109,7 @@ def copy_attention(mixer, attention):
         if name in SOURCE:
             heads = getattr(attention, SOURCE[name]).weight.unflatten(0, (-1, attention.size))  # (heads, size, d_model)
             rows.copy_(heads.repeat_interleave(attention.heads // len(heads), dim=0).flatten(0, 1))
-    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    mixer.out_proj.weight.copy_(attention.out_proj.weight)
     if hasattr(mixer, "dt_bias"):
         mixer.conv1d.weight.zero_()[..., -1] = 1
         mixer.D.zero_()

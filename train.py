@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data.bpe import BPE, learn_merges
 from data.corpus import Corpus, compressed_bpb, load_corpus, windows
-from data.noise import corrupt
+from tests.noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from data.files import UserError
 from model import MASK, Config, load, make_model, save

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data.files import UserError
 
-PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")  # every byte is in one, at most 25
+# every byte is in one piece, of at most 25
+PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")
 
 
 def learn_merges(data, count):
@@ -25,8 +26,10 @@ def learn_merges(data, count):
     if not 1 <= count <= 2**16 - 256:
         raise UserError(f"--bpe {count} is not from 1 to {2**16 - 256:,}")
     found = Counter(PIECE.findall(bytes(data)))
-    pieces, weights = [list(piece) for piece in found], list(found.values())
-    pairs, holders = Counter(), defaultdict(set)  # holders: the pieces that had the pair at some time
+    pieces = [list(piece) for piece in found]
+    weights = list(found.values())
+    pairs = Counter()
+    holders = defaultdict(set)  # the pieces that had the pair at some time
     for i, (piece, weight) in enumerate(zip(pieces, weights)):
         for pair in zip(piece, piece[1:]):
             pairs[pair] += weight
@@ -35,8 +38,8 @@ def learn_merges(data, count):
     for word in tqdm(range(256, 256 + count), desc="byte pairs", leave=False, disable=None):
         pair = max(pairs, key=pairs.get, default=None)  # the first one in a tie
         if pair is None or pairs[pair] < 2:
-            raise UserError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs twice; "
-                            "lower it or choose a larger --data")
+            raise UserError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs "
+                            "twice; lower it or choose a larger --data")
         merges.append(pair)
         for i in holders.pop(pair):
             merged = merge(pieces[i], pair, word)
@@ -52,7 +55,8 @@ def learn_merges(data, count):
 
 def merge(words, pair, word):
     """The list with word for every occurrence of the pair, from the left: [1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]."""
-    out, i = [], 0
+    out = []
+    i = 0
     while i < len(words):
         both = words[i:i + 2] == [*pair]
         out.append(word if both else words[i])
@@ -74,7 +78,8 @@ class BPE:
             self.words.append(self.words[a] + self.words[b])
         self.order = sorted(range(len(self.words)), key=self.words.__getitem__)
         self.sorted = [self.words[i] for i in self.order]
-        self.pieces, self.bounds = {}, {}  # what has been worked out before
+        self.pieces = {}  # what encode has worked out before
+        self.bounds = {}  # likewise branches
 
     def encode(self, data):
         """Bytes, or an array of them -> words, an array of integers; without merges the bytes themselves."""
@@ -88,7 +93,7 @@ class BPE:
         return np.array(out, np.uint16)
 
     def cuts(self, data):
-        """Where the pieces of data begin: to encode it from one of them on gives the words that all of it has there."""
+        """Where the pieces of data begin. Encoding it from there on gives the words that all of it has there."""
         return [match.start() for match in PIECE.finditer(data)]
 
     def encode_piece(self, piece):
@@ -121,5 +126,6 @@ def in_words(corpus, merges):
     if not merges:
         return corpus
     bpe = BPE(merges)
-    train, val = bpe.encode(corpus.train), bpe.encode(corpus.val)
-    return corpus._replace(train=train, val=val, bytes_per_token=len(corpus.val) / max(len(val), 1))
+    val = bpe.encode(corpus.val)
+    return corpus._replace(train=bpe.encode(corpus.train), val=val,
+                           bytes_per_token=len(corpus.val) / max(len(val), 1))

@@ -21,7 +21,7 @@ def whole_file(target: Path):
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut may keep the new name and lose the bytes
+            os.fsync(file.fileno())  # a power cut could keep the new name and lose the bytes
         os.replace(temporary, target)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)

@@ -9,52 +9,64 @@ import unicodedata
 from data.files import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B820, 0x2CEAF),
-           (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F),
+           (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 LONGEST = 100  # characters; a longer word is unknown
 
 
 def stands_alone(c):
     """Punctuation, which for ASCII is all that is neither letter nor digit, and Chinese."""
-    ascii_mark = "!" <= c <= "~" and not c.isalnum()
-    return ascii_mark or unicodedata.category(c).startswith("P") or any(a <= ord(c) <= b for a, b in CHINESE)
+    if "!" <= c <= "~":
+        return not c.isalnum()
+    chinese = any(first <= ord(c) <= last for first, last in CHINESE)
+    return chinese or unicodedata.category(c).startswith("P")
+
+
+def drop(text, *categories):
+    """The text without the characters of some categories of Unicode."""
+    return "".join(c for c in text if unicodedata.category(c) not in categories)
 
 
 def split_words(text):
     """The words and marks of a text, lower-cased, without accents and control characters."""
-    text = "".join(" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else c for c in text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf") and c != "\ufffd")
-    text = "".join(f" {c} " if stands_alone(c) else c for c in text)
-    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn").lower()
+    text = re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", "")
+    text = "".join(f" {c} " if stands_alone(c) else c for c in drop(text, "Cc", "Cf"))
+    text = drop(unicodedata.normalize("NFD", text), "Mn").lower()  # accents are characters there
     return "".join(f" {c} " if stands_alone(c) else c for c in text).split()
 
 
 class WordPiece:
-    """pieces: the vocabulary in the order of its ids, as in vocab.txt, a piece a line."""
+    """pieces: the vocabulary in the order of its ids, as in vocab.txt, one on each line."""
 
     def __init__(self, pieces):
-        self.pieces, self.ids = list(pieces), {piece: i for i, piece in enumerate(pieces)}
+        self.pieces = list(pieces)
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [piece for piece in SPECIAL if piece not in self.ids]
         if missing:
-            raise UserError(f"the vocabulary lacks {', '.join(missing)}; is it BERT's vocab.txt?")
+            raise UserError(f"the vocabulary lacks {', '.join(missing)}; expected BERT's vocab.txt")
 
     def pieces_of(self, word):
         """The pieces of one word, or [UNK] alone if it cannot be cut into any."""
-        found, begin = [], 0
-        while begin < len(word) <= LONGEST:
-            fits = (word[begin:end] for end in range(len(word), begin, -1))
-            piece = next((p for p in fits if "##" * (begin > 0) + p in self.ids), None)
+        found = []
+        rest = word
+        while rest and len(word) <= LONGEST:
+            sharps = "##" if found else ""
+            fits = (sharps + rest[:end] for end in range(len(rest), 0, -1))
+            piece = next((piece for piece in fits if piece in self.ids), None)
             if piece is None:
                 return ["[UNK]"]
-            found.append("##" * (begin > 0) + piece)
-            begin += len(piece)
+            found.append(piece)
+            rest = rest[len(piece) - len(sharps):]
         return found or ["[UNK]"]
 
     def encode(self, text):
         """Ids of [CLS] text [SEP]; special tokens that stand in the text are themselves."""
         pieces = ["[CLS]"]
         for part in re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text):
-            pieces += [part] if part in SPECIAL else [p for word in split_words(part) for p in self.pieces_of(word)]
+            if part in SPECIAL:
+                pieces.append(part)
+            else:
+                pieces += [p for word in split_words(part) for p in self.pieces_of(word)]
         return [self.ids[piece] for piece in [*pieces, "[SEP]"]]
 
 
@@ -63,4 +75,5 @@ def read_vocabulary(path):
     try:
         return WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is needed to turn words into tokens: {getattr(e, 'strerror', None) or e}") from e
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} is needed to turn words into tokens: {why}") from e

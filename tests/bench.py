@@ -50,7 +50,7 @@ import distill
 import train
 from data.bpe import BPE
 from data.corpus import load_corpus, windows
-from data.noise import corrupt
+from noise import corrupt
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
 from data.files import UserError

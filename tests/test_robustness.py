@@ -7,7 +7,7 @@ import torch
 
 import train
 from data.files import UserError
-from data.noise import NOISES, corrupt
+from noise import NOISES, corrupt
 from model import LM, Config, load, save
 from train import by_position, evaluate, sliding_bpb, window_nats, word_perplexity
 

@@ -54,7 +54,7 @@ def test_bigs_fills_words(tmp_path, capsys):
     """The likeliest word stands in the text; its law is the model's on the padded text."""
     torch.manual_seed(0)
     model = make_model(Config(("s4d",), block="gated", d_model=8, vocab=len(PIECES), d_state=4, expand=3, norm="layer",
-                              norm_eps=1e-12, n_position=16, n_type=2)).eval()
+                              norm_eps=1e-12, n_position=16)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
