@@ -92,10 +92,6 @@ class BPE:
             out += self.pieces[piece]
         return np.array(out, np.uint16)
 
-    def cuts(self, data):
-        """Where the pieces of data begin. Encoding it from there on gives the words that all of it has there."""
-        return [match.start() for match in PIECE.finditer(data)]
-
     def encode_piece(self, piece):
         """Always the merge that was learned first, until none applies."""
         words = list(piece)
@@ -109,6 +105,17 @@ class BPE:
     def decode(self, words):
         return b"".join(self.words[i] for i in words)
 
+    def resume(self, text, lengths):
+        """Where to encode a text anew of which some beginnings, of these lengths, have been read already.
+
+        Returns the longest of them at which a piece of the text begins, where the words are those that the whole text
+        has; the words from there to the last, without it; and the last one's bytes. lengths[0] must be such a place.
+        """
+        begins = [lengths[0] + match.start() for match in PIECE.finditer(text[lengths[0]:])]
+        length = max(n for n in lengths if n in begins)
+        *before, last = self.encode(text[length:]).tolist()
+        return length, before, self.words[last]
+
     def span(self, prefix):
         """The words that begin with prefix, or are it, are sorted[first:end]: (first, end)."""
         return bisect_left(self.sorted, prefix), bisect_left(self.sorted, prefix + b"\xff" * 99)
@@ -119,6 +126,25 @@ class BPE:
             starts = [bisect_left(self.sorted, prefix + bytes([b])) for b in range(256)]
             self.bounds[prefix] = np.array([*starts, self.span(prefix)[1]])
         return self.bounds[prefix]
+
+    def reveal(self, q, word, known=0, first=0):
+        """The distributions (len(word) - known, 256) of a word's bytes after the first `known`, if it is drawn from q.
+
+        q holds the probabilities of the words sorted[first:], as many as q has; all others have none. Byte i is b with
+        the mass of all words that begin with word[:i] + b, divided by that of all that begin with word[:i] and are
+        longer. With two words a and ab, and q = 0.3, 0.7:
+
+            a:   byte 0 is a with 0.3 + 0.7 = 1, and the word ends
+            ab:  byte 0 is a with 1 too, and byte 1 is b with 0.7 / 0.7 = 1, not with 0.7
+
+        Whether the word ends is a draw of its own, made before the next byte is drawn. It decides whether a byte is
+        guessed at all, and not which, so a byte that is guessed has the distribution that is reported for it.
+        """
+        bounds = [self.branches(word[:i]) for i in range(known, len(word))]
+        bounds = np.array(bounds, dtype=int).reshape(-1, 257)
+        sums = np.concatenate([[0], np.cumsum(q)])
+        mass = np.diff(sums[(bounds - first).clip(0, len(q))], axis=1)
+        return mass / mass.sum(1, keepdims=True)
 
 
 def in_words(corpus, merges):

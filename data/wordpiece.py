@@ -36,14 +36,20 @@ def split_words(text):
 
 
 class WordPiece:
-    """pieces: the vocabulary in the order of its ids, as in vocab.txt, one on each line."""
+    """pieces: the vocabulary in the order of its ids, one per line of vocab.txt.
 
-    def __init__(self, pieces):
+    length: how many tokens the model reads, 0 for any number. BiGS's weights were trained on texts padded to the last
+    position, and padding flows into them, so a text to fill is padded likewise.
+    """
+
+    def __init__(self, pieces, length=0):
         self.pieces = list(pieces)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+        self.length = length
         missing = [piece for piece in SPECIAL if piece not in self.ids]
         if missing:
             raise UserError(f"the vocabulary lacks {', '.join(missing)}; expected BERT's vocab.txt")
+        self.mask = self.ids["[MASK]"]
 
     def pieces_of(self, word):
         """The pieces of one word, or [UNK] alone if it cannot be cut into any."""
@@ -69,11 +75,34 @@ class WordPiece:
                 pieces += [p for word in split_words(part) for p in self.pieces_of(word)]
         return [self.ids[piece] for piece in [*pieces, "[SEP]"]]
 
+    def decode(self, tokens):
+        """The text without its special tokens, as bytes."""
+        pieces = [self.pieces[i] for i in tokens]
+        text = " ".join(piece for piece in pieces if piece not in ("[CLS]", "[SEP]", "[PAD]"))
+        return text.replace(" ##", "").encode()
 
-def read_vocabulary(path):
-    """The WordPiece of a vocab.txt; UserError if it cannot be one."""
+    def holes(self, text, count):
+        """Every run of underscores is a hole of one token, as is [MASK]; count is for vocabularies of bytes."""
+        ids = self.encode(re.sub("_+", "[MASK]", text.decode(errors="replace")))
+        if self.mask not in ids:
+            raise UserError("--fill has no hole; write ____ where a word is missing")
+        if self.length and len(ids) > self.length:
+            raise UserError(f"--fill is {len(ids)} tokens, the model reads at most {self.length}; "
+                            "shorten it")
+        return ids + [self.ids["[PAD]"]] * (self.length - len(ids))
+
+
+def read_vocabulary(path, size=0, length=0):
+    """The WordPiece of a vocab.txt, for models of size tokens (0: any) that read length of them.
+
+    UserError if it cannot be one.
+    """
     try:
-        return WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+        words = WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), length)
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"{path} is needed to turn words into tokens: {why}") from e
+    if size and len(words.pieces) != size:
+        raise UserError(f"{path.name} has {len(words.pieces):,} pieces, the model {size:,}; "
+                        "take the one that was published with it")
+    return words

@@ -61,7 +61,7 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
     q = attention.q_proj(x).unflatten(-1, (6, 4))
     k, v = (p(x).unflatten(-1, (3, 4)).repeat_interleave(2, dim=2) for p in (attention.k_proj, attention.v_proj))
     causal = torch.ones(11, 11, dtype=F64).tril()
-    want = attention.o_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, causal).flatten(2))
+    want = attention.out_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, causal).flatten(2))
     torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
 
 
@@ -132,7 +132,7 @@ def test_all_but_the_new_parts_equals_the_teacher(layer, share):
                   "dt_proj.bias", "A_log", "D", "out_proj.weight"}}[layer]
     for i in new:
         attention, mixer = teacher.layers[i].mixer, student.layers[i].mixer
-        assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        assert torch.equal(mixer.out_proj.weight, attention.out_proj.weight)
         rows = input_rows(mixer)
         assert sum(len(r) for r in rows.values()) == len(mixer.in_proj.weight)
         for name, projection in {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}.items():
@@ -149,7 +149,7 @@ def test_a_student_from_random_mixers_or_from_scratch_shares_only_what_it_says()
     for init, same in (("random", True), ("scratch", False)):
         student = make_student(teacher, "mamba2", 0.5, init)
         mixer, attention = student.layers[0].mixer, teacher.layers[0].mixer
-        assert not torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        assert not torch.equal(mixer.out_proj.weight, attention.out_proj.weight)
         assert not torch.equal(input_rows(mixer)["C"], attention.q_proj.weight)
         now = student.state_dict()
         assert all(torch.equal(now[k], old[k]) == same for k in old.keys() & now.keys())

@@ -291,7 +291,7 @@ def fill(encoder, capfdbinary, text, *flags):
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 100])
 def test_filling_keeps_what_is_known(steps, encoder, capfdbinary):
-    filled = fill(encoder, capfdbinary, "12 ___ared is é_", "--steps", steps)
+    filled = fill(encoder, capfdbinary, "12 ___ared is é_", "--rounds", steps)
     assert len(filled) == len("12 ___ared is é_".encode())
     assert filled.startswith(b"12 ") and filled[6:-1] == "ared is é".encode()
 
@@ -315,7 +315,7 @@ def test_a_causal_model_does_not_fill_and_an_encoder_does_nothing_else(encoder, 
             "causal", "leave --fill out")
     refused(capsys, sample.main, ["--ckpt", encoder, "--prompt", "a", "--device", "cpu"], "encoder", "--fill TEXT")
     refused(capsys, sample.main, ["--ckpt", encoder, "--prompt", "a", "--fill", "a_"], "--fill and --prompt")
-    refused(capsys, sample.main, ["--ckpt", encoder, "--fill", "a_", "--steps", -1], "--steps -1")
+    refused(capsys, sample.main, ["--ckpt", encoder, "--fill", "a_", "--rounds", -1], "--rounds -1")
 
 
 class Pair(torch.nn.Module):

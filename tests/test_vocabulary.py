@@ -1,0 +1,198 @@
+"""Vocabularies and statistics of text: bytes, ids, byte pairs as a trie, n-grams; and what a person sees of them."""
+import io
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data.vocabulary
+import train
+from data.bpe import BPE, learn_merges
+from data.corpus import load_corpus
+from data.files import UserError
+from data.ngrams import NgramCounts, copied
+from data.vocabulary import Bytes, Ids, characters, show
+from model import MASK, load
+
+
+class Words(BPE):
+    """A vocabulary of any words, as a trie."""
+
+    def __init__(self, words):
+        self.words, self.bounds, self.sorted = words, {}, sorted(words)
+        self.order = [words.index(word) for word in self.sorted]
+
+
+TRIE = Words([b"a", b"b", b"ab", b"ba", b"aab"])  # prefixes of each other, and several ways to write a text
+
+
+# Bytes and ids
+
+
+def test_crlf_is_inside_the_model_only():
+    crlf, plain = Bytes(crlf=True), Bytes()
+    assert crlf.encode(b"a\nb") == list(b"a\r\nb") and crlf.encode(b"") == list(b"\r\n")
+    assert crlf.decode(list(b"a\r\nb")) == b"a\nb" and plain.decode(list(b"a\r\n")) == b"a\r\n"
+
+
+def test_holes_are_the_masks_that_an_encoder_learned():
+    words = Bytes()
+    assert words.mask == MASK and words.holes(b"a_b", 9) == [97, MASK, 98] and words.holes(b"a", 2) == [97, MASK, MASK]
+
+
+def test_ids_come_back():
+    ids = Ids(65)
+    assert ids.encode(b" 64 0\n7") == [64, 0, 7] and ids.decode([64, 0, 7]) == b" 64 0 7"
+    for prompt in (b"", b"65", b"-1", b"1.5", b"a"):
+        with pytest.raises(UserError, match="from 0 to 64"):
+            ids.encode(prompt)
+
+
+# Byte pairs
+
+
+@pytest.mark.parametrize("text", [b"", b"a", bytes(range(256)) * 3, b"\xff" * 400, b"\0\n \t" * 50,
+                                  "né €😀\u2028".encode() * 9])
+def test_any_bytes_come_back(text):
+    words = BPE(learn_merges(b"the cat and the hat, " * 9 + bytes(range(256)) * 2, 30))
+    tokens = words.encode(text)
+    assert words.decode(tokens) == text and tokens.max(initial=0) < 286
+    assert BPE().encode(text).tolist() == list(text)
+
+
+def test_merges_are_the_most_frequent_pairs_of_what_is_left():
+    """Sennrich et al. 2016, figure 1's words: e s, es t, l o, lo w, then the pair of the new word."""
+    data = b" low" * 5 + b" lower" * 2 + b" newest" * 6 + b" widest" * 3
+    words = BPE(learn_merges(data, 4))
+    assert words.words[256:258] == [b"es", b"est"] and len(words.encode(b"newest")) == 4
+    assert BPE(learn_merges(b"abab abab", 1)).words[256] == b"ab"
+
+
+def test_encoding_applies_merges_in_the_order_they_were_learned():
+    words = BPE([(98, 99), (97, 98), (97, 256)])  # bc, ab, abc
+    assert words.encode(b"abc").tolist() == [258] and words.encode(b"ab").tolist() == [257]
+
+
+def test_no_merge_crosses_a_cut_and_no_word_is_long():
+    words = BPE(learn_merges(b"x = y + 1\n" * 200 + b"a" * 3000, 9))
+    assert max(map(len, words.words)) <= 25 and not any(b"= y" in w or b"x =" in w for w in words.words)
+
+
+def test_too_many_merges_are_refused():
+    for count in (0, -1, 70000, 50):
+        with pytest.raises(UserError, match=f"--bpe {count}"):
+            learn_merges(b"abcabc", count)
+
+
+def test_training_on_words_reports_bits_per_byte_and_keeps_the_merges(tmp_path, capsys):
+    data, flags = tmp_path / "text", "--d_model 16 --n_layer 1 --head_dim 8 --seq_len 32 --bpe 40 --steps 3"
+    data.write_bytes(b"".join(b"the %d cats sat on mat %x. " % (i * i, i**3) for i in range(500)))
+    assert train.main([*flags.split(), "--data", str(data), "--out", str(tmp_path / "run")]) == 0
+    model, _ = load(tmp_path / "run")
+    assert len(model.config.merges) == 40 and model.config.vocab == 296
+    words, val = BPE(model.config.merges), load_corpus(str(data)).val
+    tokens = words.encode(val)
+    assert words.decode(tokens) == val.tobytes() and len(tokens) < len(val) / 2
+    logits, _ = model(torch.tensor([[10, *tokens[:-1].tolist()]]))
+    nats = torch.nn.functional.cross_entropy(logits[0], torch.tensor(tokens.astype(int)), reduction="sum").item()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val_bpb_carried"] == pytest.approx(nats / math.log(2) / len(val), rel=1e-5)
+    assert log[-1]["bytes"] > 3 * 4 * 32
+    assert train.main(["--eval_only", "--out", str(tmp_path / "run")]) == 0
+    assert train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "run")]) == 0
+    assert f"{log[-1]['val_bpb']:.4f}" in capsys.readouterr().out
+
+
+def test_a_trie_knows_what_goes_on_after_a_prefix():
+    for prefix in (b"", b"a", b"ab", b"aab", b"c"):
+        bounds = TRIE.branches(prefix)
+        for b in range(256):
+            assert TRIE.sorted[bounds[b]:bounds[b + 1]] == [w for w in TRIE.sorted if w.startswith(prefix + bytes([b]))]
+        assert TRIE.sorted[slice(*TRIE.span(prefix))] == [w for w in TRIE.sorted if w.startswith(prefix)]
+
+
+def test_revealing_what_is_left_of_a_word():
+    """The docstring's two words, a and ab: b is certain once the word goes on; a word that is all known shows nothing."""
+    words = Words([b"a", b"ab"])
+    q = np.array([0.3, 0.7])
+    np.testing.assert_allclose(words.reveal(q, b"ab")[[0, 1], [97, 98]], [1, 1], rtol=1e-15)
+    np.testing.assert_allclose(words.reveal(q, b"ab", known=1)[:, 98], [1], rtol=1e-15)
+    assert words.reveal(q, b"ab", known=2).shape == (0, 256)
+    np.testing.assert_allclose(words.reveal(q[1:], b"ab", 1, first=1)[:, 98], [1], rtol=1e-15)
+
+
+# n-grams
+
+
+def test_the_longest_suffix_is_copied_from_where_it_occurred_last():
+    """By hand, and against the plain search through every position."""
+    assert copied(b"the cat sat. the cat lay, the cat", 4) == b" lay" and copied(b"abcdabc", 9) == b"dabc"
+    assert copied(b"xyz", 4) == b"" and copied(b"", 4) == b"" and copied(b"abab", 4) == b""  # 3 bytes at least
+    g = np.random.default_rng(0)
+    for _ in range(50):
+        text = bytes(g.integers(97, 100, 60).tolist())
+        ends = [(n, i) for i in range(1, 60) for n in range(3, i + 1) if text[i - n:i] == text[-n:]]
+        best = max(ends, default=None)  # the longest, then the last
+        assert copied(text, 5) == (text[best[1]:best[1] + 5] if best else b"")
+
+
+def test_counts_are_those_of_the_corpus():
+    """b"aabaaab" by hand: "aa" leads to b, a, b and "baaa" to b; no other context of 4 or 8 bytes here occurs in it."""
+    counts, prior = NgramCounts(list(b"aabaaab")), np.full(256, 1 / 256)
+    after_aa = (20 * prior + np.bincount([98, 97, 98], minlength=256)) / 23
+    after_baaa = (20 * after_aa + np.bincount([98], minlength=256)) / 21
+    for context, want in ((b"aa", after_aa), (b"xxaa", after_aa), (b"abaaa", after_baaa), (b"xxabbaaa", after_baaa),
+                          (b"a", prior), (b"", prior)):
+        np.testing.assert_allclose(counts.predict(context), want)
+    np.testing.assert_allclose(NgramCounts([]).predict(b"abcdefgh"), prior)
+
+
+# What a person sees
+
+TEXT = "aé€😀z\n".encode()  # characters of one to four bytes
+
+
+def appearing(data, size):
+    """What has been shown after each piece of so many bytes, and at the end."""
+    pieces = characters(data[i:i + size] for i in range(0, len(data), size))
+    return list(itertools.accumulate(pieces))
+
+
+@pytest.mark.parametrize("size", range(1, len(TEXT) + 1))
+def test_characters_appear_as_soon_as_they_are_complete(size):
+    shown = appearing(TEXT, size)
+    for i, text in enumerate(shown[:-1]):
+        assert text == TEXT[:(i + 1) * size].decode(errors="ignore").encode()
+    assert shown[-1] == TEXT
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"a\x80b", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3(", b"\xed\xa0\x80",
+                                  b"\xe2\x82a\xe2\x82", bytes(range(256))])
+def test_invalid_bytes_are_shown_as_replacement_characters(data):
+    """However the bytes come, and whatever is incomplete at the end is shown at the end."""
+    for size in (1, 2, len(data)):
+        shown = appearing(data, size)
+        assert all(text.decode() or not text for text in shown)  # valid at any time
+        assert shown[-1] == data.decode(errors="replace").encode() and "\ufffd".encode() in shown[-1]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_every_piece_is_flushed_before_the_next_is_asked_for(raw, monkeypatch):
+    class Stream(io.BytesIO):
+        def flush(self):
+            self.flushed = self.getvalue()
+
+    stream = Stream()
+    monkeypatch.setattr(data.vocabulary.sys, "stdout", SimpleNamespace(buffer=stream))
+
+    def pieces():
+        for i in range(256):
+            yield bytes([i])
+            assert stream.flushed == (bytes(range(i + 1)) if raw or i < 128 else stream.getvalue())
+
+    show([pieces()], raw)
+    assert stream.flushed == (bytes(range(256)) if raw else bytes(range(256)).decode(errors="replace").encode() + b"\n")
