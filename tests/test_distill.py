@@ -17,7 +17,7 @@ import model
 import sample
 import train
 from data.corpus import load_tokens
-from distill import align_loss, dpo_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
+from distill import align_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
 from model import LM, Config, load
 from scan import ssd
 
@@ -55,7 +55,7 @@ def test_ssd_without_decay_is_attention_without_softmax(impl, l):
 def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax():
     """The copied rows, through ssd with dt = 1 and A = 0 and the copied out_proj; keys and values are shared."""
     teacher, x = transformer(), torch.randn(2, 11, 24, dtype=F64)
-    attention, mixer = teacher.layers[1].mixer, make_student(teacher, "mamba2", 0, "attention").layers[1].mixer
+    attention, mixer = teacher.layers[1].mixer, make_student(teacher, 0, "attention").layers[1].mixer
     parts = {name: (x @ rows.T).unflatten(-1, (6, 4)) for name, rows in input_rows(mixer).items() if name != "dt"}
     y, _ = ssd(parts["x"], torch.ones(2, 11, 6, dtype=F64), torch.zeros(6, dtype=F64), parts["B"], parts["C"])
     q = attention.q_proj(x).unflatten(-1, (6, 4))
@@ -63,37 +63,6 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
     causal = torch.ones(11, 11, dtype=F64).tril()
     want = attention.out_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, causal).flatten(2))
     torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
-
-
-def aligned(heads, kv_heads, size, n):
-    """Share of the query slices of n channels that meet the same slice of their own key head, when slices are repeated
-    as the released Mamba-1 hybrids do: slice i of the queries reads slice i // (heads / kv_heads) of the keys."""
-    share, per_head = heads // kv_heads, size // n
-    right = [(i // per_head // share) * per_head + i % per_head for i in range(heads * per_head)]
-    return sum(i // share == r for i, r in enumerate(right)) / len(right)
-
-
-def test_slices_of_16_do_not_line_up_with_heads_of_128():
-    """Llama-3-8B (32 heads, 8 of them keys) and 3B (24, 8): 87.5 and 83.3 % of the slices meet a wrong part of the key;
-    with n = head size, as here, none does."""
-    assert aligned(32, 8, 128, 16) == 1 / 8 and aligned(24, 8, 128, 16) == pytest.approx(1 / 6)
-    assert aligned(32, 8, 128, 128) == aligned(24, 8, 128, 128) == aligned(32, 32, 128, 16) == 1
-
-
-def test_a_bias_added_twice_squares_the_step_and_ours_adds_it_once(monkeypatch):
-    """softplus(2 b) of a dt meant to be 0.001, 0.01, 0.1 is 1e-6, 1e-4, 0.011."""
-    b = torch.tensor([1e-3, 1e-2, 1e-1], dtype=F64)
-    b = b + torch.log(-torch.expm1(-b))
-    torch.testing.assert_close(F.softplus(2 * b), torch.tensor([1.0e-6, 1.0e-4, 1.1e-2], dtype=F64), rtol=0.02, atol=0)
-    mixer = make_student(transformer(), "mamba", 0, "attention").layers[0].mixer
-    with torch.no_grad():
-        mixer.dt_proj.weight.zero_()
-    seen = []
-    scan = model.selective_scan
-    monkeypatch.setattr(model, "selective_scan",
-                        lambda x, dt, *rest, **more: seen.append(dt) or scan(x, dt, *rest, **more))
-    mixer(torch.randn(1, 3, 24, dtype=F64))
-    assert torch.equal(seen[0], F.softplus(mixer.dt_proj.bias).expand(1, 3, -1))
 
 
 @pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
@@ -112,51 +81,48 @@ def test_attention_stays_where_the_paper_keeps_it(share, kept):
 
 def test_replacing_no_layer_leaves_the_logits_identical():
     teacher, tokens = transformer(), torch.randint(256, (2, 9))
-    student = make_student(teacher, "mamba2", 1, "attention")
+    student = make_student(teacher, 1, "attention")
     assert replaced(student, teacher) == [] and torch.equal(student(tokens)[0], teacher(tokens)[0])
 
 
-@pytest.mark.parametrize("layer, share", [("mamba2", 0), ("mamba2", 0.5), ("mamba", 0.25), ("mamba", 0.75)])
-def test_all_but_the_new_parts_equals_the_teacher(layer, share):
+@pytest.mark.parametrize("share", [0, 0.5, 0.75])
+def test_all_but_the_new_parts_equals_the_teacher(share):
     teacher = transformer(norm="layer", rope_base=500.0, window=13)
-    student = make_student(teacher, layer, share, "attention")
+    student = make_student(teacher, share, "attention")
     new = replaced(student, teacher)
     assert new == [i for i in range(4) if not keeps_attention(i, share)]
-    assert [name for name in student.config.layers] == [(layer if i in new else "attention") + "+mlp" for i in range(4)]
+    assert list(student.config.layers) == [("mamba2" if i in new else "attention") + "+mlp" for i in range(4)]
     old, now = teacher.state_dict(), student.state_dict()
     assert {k for k in old.keys() & now.keys() if not torch.equal(old[k], now[k])} == set()
     assert {k.split("mixer.")[1] for k in now.keys() - old.keys()} == {
-        "mamba2": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight",
-                   "out_proj.weight"},
-        "mamba": {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
-                  "dt_proj.bias", "A_log", "D", "out_proj.weight"}}[layer]
+        "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight"}
     for i in new:
         attention, mixer = teacher.layers[i].mixer, student.layers[i].mixer
         assert torch.equal(mixer.out_proj.weight, attention.out_proj.weight)
         rows = input_rows(mixer)
         assert sum(len(r) for r in rows.values()) == len(mixer.in_proj.weight)
         for name, projection in {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}.items():
-            if name in rows:
-                heads = projection.weight.unflatten(0, (-1, 4))
-                for head, block in enumerate(rows[name].unflatten(0, (6, 4))):
-                    assert torch.equal(block, heads[head * len(heads) // 6])
-    assert ("B" in rows) == (layer == "mamba2")
+            heads = projection.weight.unflatten(0, (-1, 4))
+            for head, block in enumerate(rows[name].unflatten(0, (6, 4))):
+                assert torch.equal(block, heads[head * len(heads) // 6])
 
 
 def test_a_student_from_random_mixers_or_from_scratch_shares_only_what_it_says():
     teacher = transformer()
     old = teacher.state_dict()
-    for init, same in (("random", True), ("scratch", False)):
-        student = make_student(teacher, "mamba2", 0.5, init)
+    for mixers, same in (("random", True), ("scratch", False)):
+        student = make_student(teacher, 0.5, mixers)
         mixer, attention = student.layers[0].mixer, teacher.layers[0].mixer
         assert not torch.equal(mixer.out_proj.weight, attention.out_proj.weight)
         assert not torch.equal(input_rows(mixer)["C"], attention.q_proj.weight)
         now = student.state_dict()
-        assert all(torch.equal(now[k], old[k]) == same for k in old.keys() & now.keys())
+        new = distill.within(replaced(student, teacher))
+        shared = [k for k in old.keys() & now.keys() if not k.startswith(new)]
+        assert shared and all(torch.equal(now[k], old[k]) == same for k in shared)
     torch.manual_seed(7)
-    want = LM(distill.student_config(teacher.config, "mamba2", 0.5)).double().state_dict()
+    want = LM(distill.student_config(teacher.config, 0.5)).double().state_dict()
     torch.manual_seed(7)
-    got = make_student(teacher, "mamba2", 0.5, "scratch").state_dict()
+    got = make_student(teacher, 0.5, "scratch").state_dict()
     assert all(torch.equal(got[k], w) for k, w in want.items())
 
 
@@ -164,7 +130,7 @@ def test_stepwise_replacement_keeps_the_layers_that_were_replaced_before():
     """75 -> 50 -> 25 -> 0 % attention, each student the source of the next."""
     source = teacher = transformer(n_layer=8)
     for share, new in ((0.75, [0, 4]), (0.5, [2, 6]), (0.25, [1, 5]), (0, [3, 7])):
-        student = make_student(source, "mamba2", share, "attention")
+        student = make_student(source, share, "attention")
         assert replaced(student, source) == new
         old, now = source.state_dict(), student.state_dict()
         assert all(torch.equal(old[k], now[k]) for k in old.keys() & now.keys())
@@ -172,9 +138,8 @@ def test_stepwise_replacement_keeps_the_layers_that_were_replaced_before():
     assert replaced(source, teacher) == list(range(8)) and source.recurrent
 
 
-@pytest.mark.parametrize("layer", ["mamba2", "mamba"])
-def test_a_hybrid_continues_from_its_mixed_state(layer):
-    student, tokens = make_student(transformer(window=7), layer, 0.5, "attention"), torch.randint(256, (2, 23))
+def test_a_hybrid_continues_from_its_mixed_state():
+    student, tokens = make_student(transformer(window=7), 0.5, "attention"), torch.randint(256, (2, 23))
     whole, _ = student(tokens)
     state, pieces = None, []
     for piece in tokens.split([1, 2, 9, 1, 10], dim=1):
@@ -183,24 +148,23 @@ def test_a_hybrid_continues_from_its_mixed_state(layer):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("layer, share", [("mamba2", 0), ("mamba2", 0.5), ("mamba", 0.5), ("mamba2", 1)])
-@pytest.mark.parametrize("init, stage", [("attention", "align"), ("random", "mixers"), ("scratch", "all")])
-def test_the_table_counts_every_parameter_once(layer, share, init, stage):
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("mixers, stage", [("attention", "align"), ("random", "mixers"), ("scratch", "all")])
+def test_the_table_counts_every_parameter_once(share, mixers, stage):
     teacher = transformer()
-    student = make_student(teacher, layer, share, init)
+    student = make_student(teacher, share, mixers)
     new = replaced(student, teacher)
     distill.freeze(student, stage, new)
-    rows = inventory(student, new, init)
-    assert sum(count for _, count, _, _ in rows) == sum(p.numel() for p in student.parameters())
+    rows = inventory(student, new, mixers)
+    assert sum(count for *_, count in rows) == sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for i in new for p in student.layers[i].mixer.parameters())
     if stage != "all":
-        assert sum(count for _, count, _, fate in rows if fate == "trained") == trained
-    copied = {part for part, _, origin, _ in rows if origin == "copied"}
+        assert sum(count for _, _, fate, count in rows if fate == "trained") == trained
     kept = {"MLP", "embedding, norms, head"} | ({"attention"} if share else set())
-    mapped = {"V -> x", "O -> out_proj"} | ({"K -> B", "Q -> C"} if layer == "mamba2" else set())
-    assert copied == {"attention": kept | (mapped if new else set()), "random": kept, "scratch": set()}[init]
-    rest = "z, dt, A, D, convolution, norm" if layer == "mamba2" else "z, B, C, dt, A, D, convolution"
-    assert {part for part, *_ in rows} == kept | (mapped | {rest} if new else set())
+    mapped = {"V -> x", "O -> out_proj", "K -> B", "Q -> C"} if new else set()
+    copied = {part for part, origin, *_ in rows if origin == "copied"}
+    assert copied == {"attention": kept | mapped, "random": kept, "scratch": set()}[mixers]
+    assert {part for part, *_ in rows} == kept | mapped | ({distill.REST} if new else set())
 
 
 # Losses
@@ -214,7 +178,7 @@ def pieces(student, teacher, targets):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.3, 0.7, 1.9)])
-def test_the_fused_loss_has_the_value_and_gradient_of_its_definition(weights):
+def test_the_loss_has_the_value_and_gradient_of_its_definition(weights):
     torch.manual_seed(0)
     student, teacher = (3 * torch.randn(2, 5, 7, dtype=F64) for _ in range(2))
     targets = torch.randint(7, (2, 5))
@@ -225,6 +189,16 @@ def test_the_fused_loss_has_the_value_and_gradient_of_its_definition(weights):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad(2 * t, x)[0] for t, x in ((got, leaf), (want, other)))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_no_window_keeps_its_distributions_for_the_backward_pass():
+    """They are made again there, so that of a large vocabulary one window's are in memory, not a batch's."""
+    student, teacher = (torch.randn(3, 5, 701, requires_grad=i == 0) for i in range(2))
+    kept, place = [], lambda t: t.untyped_storage().data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = match(student, teacher, torch.zeros(3, 5, dtype=torch.long), 1.0, 1.0, 1.0)
+    own = [t for t in kept if place(t) not in (place(student), place(teacher))]  # the logits are there anyway
+    assert loss.requires_grad and kept and sum(t.numel() for t in own) < 5 * 701
 
 
 def test_forward_and_reverse_divergence_by_hand():
@@ -267,23 +241,12 @@ def test_narrow_logits_are_compared_in_float32():
     assert torch.autograd.grad(loss, leaf)[0].dtype == torch.bfloat16
 
 
-def test_preference_loss():
-    """ln 2 where policy and reference agree; by hand elsewhere; lower as the chosen answer gains on the rejected."""
-    chosen, rejected = torch.tensor([-3.0, -5.0], dtype=F64), torch.tensor([-4.0, -1.0], dtype=F64)
-    assert dpo_loss(chosen, rejected, chosen, rejected).item() == pytest.approx(math.log(2))
-    one = dpo_loss(*(torch.tensor([v], dtype=F64) for v in (-3.0, -4.0, -3.5, -2.0)), beta=0.2)
-    assert one.item() == pytest.approx(math.log(1 + math.exp(-0.2 * (0.5 + 2.0))))
-    leaf = chosen.clone().requires_grad_()
-    gradient, = torch.autograd.grad(dpo_loss(leaf, rejected, chosen, rejected, beta=0.1), leaf)
-    torch.testing.assert_close(gradient, torch.full((2,), -0.1 / 2 / 2, dtype=F64))
-
-
 def test_alignment_is_zero_for_the_layer_itself_and_one_for_a_silent_layer():
     """Both read what the teacher's layer reads, so that layers do not depend on one another."""
     teacher, x = transformer(), torch.randn(2, 7, 24, dtype=F64)
     answers = [teacher.layers[i].mixer(x)[0].detach() for i in (0, 2)]
     assert align_loss(teacher, [0, 2], [x, x], answers).item() == 0
-    student = make_student(teacher, "mamba2", 0, "attention")
+    student = make_student(teacher, 0, "attention")
     for i in (0, 2):
         student.layers[i].mixer.out_proj.weight.data.zero_()
     assert align_loss(student, [0, 2], [x, x], answers).item() == 1
@@ -325,15 +288,15 @@ def losses(log):
     return [line["train_bpb"] for line in log if line["train_bpb"] is not None]
 
 
-@pytest.mark.parametrize("layer, share", [("mamba2", 0.25), ("mamba2", 0), ("mamba", 0.5)])
-def test_distillation_brings_the_student_to_its_teacher(layer, share, teacher, corpus, tmp_path, capsys):
+@pytest.mark.parametrize("share", [0.25, 0])
+def test_distillation_brings_the_student_to_its_teacher(share, teacher, corpus, tmp_path, capsys):
     """From attention to a student nearer to the teacher than to the beginning; then it samples and validates."""
-    log, student = go(teacher, corpus, tmp_path / "run", "--layer", layer, "--keep_attention", share, "--steps", 80)
+    log, student = go(teacher, corpus, tmp_path / "run", "--keep_attention", share, "--steps", 80)
     out, bar = capsys.readouterr()
     assert "step 0      loss " in out and "guessing" not in out  # a divergence, neither bits per byte nor beside ln 256
     assert "| loss " in bar and "bits per" not in bar
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "log.jsonl"]
-    assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else layer) + "+mlp"
+    assert list(student.config.layers) == [("attention" if keeps_attention(i, share) else "mamba2") + "+mlp"
                                            for i in range(4)]
     assert losses(log)[-1] < losses(log)[0] / 4
     for part in ("V -> x", "O -> out_proj", "copied", "new", "trained", "teacher", f"{log[-1]['val_bpb']:.4f}"):
@@ -357,7 +320,7 @@ def test_a_student_writes(teacher, corpus, tmp_path, capfdbinary):
 def test_what_is_frozen_stays_bit_for_bit_and_what_is_trained_moves(stage, teacher, corpus, tmp_path):
     source = load(teacher)[0]
     torch.manual_seed(1)
-    before = make_student(source, "mamba2", 0.25, "attention").state_dict()
+    before = make_student(source, 0.25, "attention").state_dict()
     _, student = go(teacher, corpus, tmp_path / "run", "--stage", stage, "--weight_decay", 0.5)
     for name, w in student.state_dict().items():
         trained = stage == "all" or ".mixer." in name and not name.startswith("layers.3.")
@@ -382,10 +345,10 @@ def test_stages_follow_one_another(teacher, corpus, tmp_path, capsys):
 
 
 def test_scratch_with_cross_entropy_alone_is_training_without_a_teacher(teacher, corpus, tmp_path):
-    log, _ = go(teacher, corpus, tmp_path / "run", "--init", "scratch", "--ce", 1, "--kl", 0, "--dtype", "float64")
+    log, _ = go(teacher, corpus, tmp_path / "run", "--mixers", "scratch", "--ce", 1, "--kl", 0, "--dtype", "float64")
     source = load(teacher)[0].double()
     torch.manual_seed(1)
-    student = make_student(source, "mamba2", 0.25, "scratch")
+    student = make_student(source, 0.25, "scratch")
     first = torch.from_numpy(train.windows(train.load_corpus(str(corpus)).train, 17, 4, 1, 0))
     nats = train.prediction_loss(student, first[:, :-1], first[:, 1:]).item()
     assert losses(log)[0] == pytest.approx(nats / math.log(2), rel=1e-10)
@@ -424,8 +387,8 @@ def refused(capsys, flags, *parts):
 
 @pytest.mark.parametrize("flags, parts", [
     ("--keep_attention 1.5", ["--keep_attention 1.5"]), ("--keep_attention nan", ["--keep_attention"]),
-    ("--layer s5", ["--layer s5", "mamba2"]), ("--init best", ["--init best", "scratch"]),
-    ("--stage 2", ["--stage 2", "align"]), ("--kl -1", ["--kl -1"]), ("--kl 0", ["not all 0"]),
+    ("--layer mamba", ["--layer"]), ("--mixers best", ["--mixers best", "scratch"]),
+    ("--stage 2", ["--stage 2", "align"]), ("--kl -1", ["--kl -1"]), ("--kl 0", ["all 0"]),
     ("--kl nan", ["--kl nan"]), ("--steps 0", ["--steps 0"]),
     ("--stage align --keep_attention 1", ["--stage align", "--keep_attention 1"]), ("--teacher no_such", ["no_such"]),
     ("--student no_such", ["no_such"]), ("--pseudo no_such", ["no_such"]), ("--d_model 32", ["--d_model"])])
@@ -447,17 +410,16 @@ def test_models_that_do_not_fit(teacher, corpus, tmp_path, capsys):
         model.save(tmp_path / f"{name}.pt", LM(config))
         refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / f"{name}.pt"),
                 f"{name}.pt", name)
-    half = make_student(load(teacher)[0], "mamba2", 0.5, "attention")
-    model.save(tmp_path / "half.pt", half)
-    refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / "half.pt", "--layer", "mamba"),
-            "d_state", "--layer")
+    mixed = Config(("mamba2+mlp", *("attention+mlp",) * 3), d_model=16, head_dim=4, n_head=2, n_kv_head=2)
+    model.save(tmp_path / "mixed.pt", LM(mixed))
+    refused(capsys, argv(teacher, corpus, tmp_path / "run", "--student", tmp_path / "mixed.pt"), "state-space layers", "head_dim")
     refused(capsys, ["--out", teacher, "--resume"], "another script's run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_keeps_its_teacher_and_its_shape(teacher, corpus, tmp_path, capsys):
     go(teacher, corpus, tmp_path / "run")
-    for name, value in (("keep_attention", 0.5), ("stage", "align"), ("layer", "mamba"), ("init", "random")):
+    for name, value in (("keep_attention", 0.5), ("stage", "align"), ("mixers", "random")):
         refused(capsys, ["--out", tmp_path / "run", "--resume", f"--{name}", value], f"--{name}", "another --out")
     assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 2
 
@@ -497,8 +459,8 @@ def test_a_llama_is_distilled_on_token_ids(llama, tokens, tmp_path, capsys):
     assert losses(log)[-1] < losses(log)[0] and "token ids" in capsys.readouterr().out
     teacher = load(llama)[0]
     ids = torch.randint(331, (1, 40))
-    assert torch.equal(make_student(teacher, "mamba2", 1, "attention")(ids)[0], teacher(ids)[0])
-    attention, mixer = teacher.layers[0].mixer, make_student(teacher, "mamba2", 0, "attention").layers[0].mixer
+    assert torch.equal(make_student(teacher, 1, "attention")(ids)[0], teacher(ids)[0])
+    attention, mixer = teacher.layers[0].mixer, make_student(teacher, 0, "attention").layers[0].mixer
     assert torch.equal(input_rows(mixer)["B"][8:12], attention.k_proj.weight[:4])  # the third query's key is the first
 
 

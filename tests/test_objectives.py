@@ -186,15 +186,15 @@ class Oracle(torch.nn.Module):
 def test_validation_of_masks_is_a_mean_over_bytes(size, seq_len):
     """What is masked costs log2 257 bits whatever the windows; a shorter last one counts by its length."""
     data = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
-    bpb, accuracy = evaluate(Oracle(), data, seq_len, 3, objective=masked_diffusion)
+    bpb, accuracy = evaluate(Oracle(), data, seq_len, 3, objective=train.OBJECTIVES["diffusion"])
     assert bpb == pytest.approx(math.log2(257), rel=1e-10) and accuracy == 0  # the first of equals is byte 0
-    assert evaluate(Oracle(), data, seq_len, 3, objective=masked_diffusion) == (bpb, accuracy)
+    assert evaluate(Oracle(), data, seq_len, 3, objective=train.OBJECTIVES["diffusion"]) == (bpb, accuracy)
 
 
 def test_masked_accuracy_and_bits_count_what_was_left_standing():
     """80 % are masked: log2 257 bits each. 10 % stay: 1 bit each, and right. 10 % are replaced: log2 512 and wrong."""
     data = np.random.default_rng(0).integers(1, 256, size=100_000, dtype=np.uint8)
-    bpb, accuracy = evaluate(Oracle(), data, 1000, 3, objective=masked_bytes)
+    bpb, accuracy = evaluate(Oracle(), data, 1000, 3, objective=train.OBJECTIVES["mask"])
     assert bpb == pytest.approx(0.8 * math.log2(257) + 0.1 * 1 + 0.1 * 9, abs=0.1)
     assert accuracy == pytest.approx(0.1, abs=0.01)
 
@@ -233,8 +233,8 @@ def test_parts_of_a_batch_and_resuming_draw_the_same_masks(objective, corpus, tm
     resumed = go(corpus, tmp_path / "two", *flags, "--steps", 4, "--resume")
     assert losses(resumed)[0] == losses(whole)[0]
     c, data = train.Flags(objective=objective, seq_len=9), np.arange(99, dtype=np.uint8)
-    first = [train.draw_batch(c, data, step) for step in (0, 1)]
-    assert not torch.equal(*first) and torch.equal(first[1], train.draw_batch(c, data, 1))
+    draw = lambda step: train.draw_batch(c, data, train.OBJECTIVES[objective], step)
+    assert not torch.equal(draw(0), draw(1)) and torch.equal(draw(1), draw(1))
 
 
 def test_defaults_of_an_encoder():

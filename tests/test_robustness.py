@@ -7,9 +7,10 @@ import torch
 
 import train
 from data.files import UserError
-from noise import NOISES, corrupt
 from model import LM, Config, load, save
-from train import by_position, evaluate, sliding_bpb, window_nats, word_perplexity
+from tests.noise import NOISES, corrupt
+from tests.studies import by_position, sliding_bpb, window_nats, word_perplexity
+from train import evaluate
 
 TEXT = np.frombuffer("Ein Ärgernis: the quick brown fox jumps over 13 lazy dogs.\n".encode() * 50, np.uint8)
 
@@ -77,14 +78,14 @@ def test_windows_score_each_byte_from_what_their_window_has_shown(layer):
             assert abs(nats[w, i].item() - want) < 1e-10
 
 
-def test_sliding_windows_score_each_byte_once():
+def test_sliding_windows_are_the_strides_of_ordinary_validation():
     """All of the first window, the last `stride` bytes of every other; disjoint windows are the special case."""
     model, data = model_of("mamba"), TEXT[:28]
     nats = window_nats(model, data, 8, 4, 3)
     want = torch.cat([nats[0], *(row[4:] for row in nats[1:])])
     assert len(want) == 28 and abs(sliding_bpb(nats, 4) - want.mean().item() / math.log(2)) < 1e-12
-    whole = window_nats(model, data, 7, 7, 3)
-    assert abs(sliding_bpb(whole, 7) - evaluate(model, data, 7, 3)[0]) < 1e-10
+    assert abs(sliding_bpb(nats, 4) - evaluate(model, data, 8, 3, stride=4)[0]) < 1e-10
+    assert abs(sliding_bpb(window_nats(model, data, 7, 7, 3), 7) - evaluate(model, data, 7, 3)[0]) < 1e-10
 
 
 def test_loss_by_position_doubles_its_parts():
@@ -105,15 +106,13 @@ def test_a_published_checkpoint_is_evaluated_and_trained_further(tmp_path, capsy
     (tmp_path / "text").write_bytes(bytes(TEXT))
     save(tmp_path / "published", model_of("mamba", torch.float32), "state-spaces")
     flags = ["--data", str(tmp_path / "text"), "--seq_len", "16"]
-    assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags, "--noise", "antspeak"]) == 0
+    assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags]) == 0
     out = capsys.readouterr().out
-    assert "antspeak" in out and "perplexity of a word" in out and "by position 0 to 1: " in out
-    assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags, "--noise", "drop:1"]) == 2
-    assert "error: --noise drop:1 leaves no byte to validate" in capsys.readouterr().err
-    flags += ["--init", str(tmp_path / "published"), "--out", str(tmp_path / "run")]
-    assert train.main([*flags, "--steps", "2", "--lr", "0", "--layer", "mamba"]) == 2
-    assert "--layer is fixed by the checkpoint of --init" in capsys.readouterr().err
-    assert train.main([*flags, "--steps", "2", "--lr", "1e-9"]) == 0
+    assert "with the state carried through" in out and "in windows that overlap by half" in out
+    flags += ["--init", str(tmp_path / "published"), "--out", str(tmp_path / "run"), "--steps", "2"]
+    assert train.main([*flags, "--lr", "0", "--layer", "mamba"]) == 2
+    assert "--layer is fixed by the checkpoint" in capsys.readouterr().err
+    assert train.main([*flags, "--lr", "1e-9"]) == 0
     want, got = load(tmp_path / "published")[0], load(tmp_path / "run")[0]
     assert got.config == want.config
     for a, b in zip(got.parameters(), want.parameters(), strict=True):
