@@ -20,10 +20,10 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
 factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm.
 
-Here we differ from the paper: what can be out of the copied parts' way begins so. The convolution is the identity, D is
-0, and dt is 0.1 but for its input, dt = softplus(random row . x + bias). The rest is not: SiLU follows the convolution
-on x, B and C, gate z and A are random (A in -16 .. -1, so a head first remembers 0.6 to 10 steps), and the norm
-rescales. A new layer is thus not yet attention without softmax, but has its four maps in place.
+Here we differ from the paper in how the new parts begin. Out of the way of the copied ones are the convolution, the
+identity at first, D = 0, and the bias of dt = softplus(random row . x + bias), which alone gives 0.1. Not out of the
+way are SiLU after the convolution of x, B and C, the random gate z, the norm, and A, random in -16 .. -1, with which a
+head remembers 0.6 to 10 steps. A new layer has its four maps in place, but is not yet attention without softmax.
 """
 import dataclasses
 import sys
@@ -54,7 +54,7 @@ class Flags(RunFlags):
                       one_of=("align", "mixers", "all"), fixed=True)
     kl: float = flag(1.0, "weight of KL(teacher || student)", low=0)
     reverse_kl: float = flag(0.0, "weight of KL(student || teacher)", low=0)
-    ce: float = flag(0.0, "weight of the cross entropy of what is trained on", low=0)
+    ce: float = flag(0.0, "weight of the cross entropy of the training text", low=0)
     pseudo: str = flag("", "train on this file, written by the teacher (sample.py --raw)")
 
 
@@ -148,18 +148,18 @@ def make_student(source, share, mixers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages: which parameters train, and the table that says so
 #
-# align    new mixers   each learns its attention layer's output, both reading what the teacher's layer reads: a first
-#                       stage of our own, since layers do not wait for each other and the student needs no MLP, no head
+# align    new mixers   each learns its attention layer's output from the same input, the teacher's: a first stage of
+#                       our own, in which layers do not wait for each other and the student needs no MLP and no head
 # mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
 #
 # The bar shows the stage's loss, and train_bpb in log.jsonl is that over ln 2; val_bpb is the student's own.
 
 
-def freeze(student, stage, mixers):
-    """requires_grad for what the stage trains: everything, or the mixers of these layers."""
+def freeze(student, stage, new):
+    """requires_grad for the parameters that the stage trains: all of them, or the new mixers'."""
     for name, p in student.named_parameters():
-        p.requires_grad_(stage == "all" or name.startswith(within(mixers)))
+        p.requires_grad_(stage == "all" or name.startswith(within(new)))
 
 
 REST = "z, dt, A, D, convolution, norm"
@@ -232,29 +232,29 @@ def match(student, teacher, targets, kl, reverse_kl, ce):
 
 
 def align_loss(student, layers, read, wanted):
-    """The mean over layers of |mixer(norm(x)) - y|^2 / |y|^2: y is the attention layer's answer to what it read."""
+    """The mean over layers of |mixer(x) - y|^2 / |y|^2, where attention answers y to the x that both read."""
     each = []
     for i, x, y in zip(layers, read, wanted):
-        error = student.layers[i].mixer(x)[0] - y
+        error = student.layers[i].mixer(x, None, 0)[0] - y
         each.append(error.square().mean() / y.square().mean())
     return torch.stack(each).mean()
 
 
-def make_loss(c, teacher, mixers):
+def make_loss(c, teacher, new):
     """loss_of(student, tokens, targets) for train.fit: the teacher reads first, without a trace for gradients."""
     seen = []
     align = c.stage == "align"
-    for i in mixers if align else ():
+    for i in new if align else ():
         teacher.layers[i].mixer.register_forward_hook(
             lambda _, args, answer: seen.append((args[0], answer[0])))
 
     def loss_of(student, tokens, targets):
         seen.clear()
         with torch.no_grad():
-            wanted = teacher(tokens)[0] if align or c.kl or c.reverse_kl else None
+            wanted = teacher(tokens, None, 0)[0] if align or c.kl or c.reverse_kl else None
         if align:
-            return align_loss(student, mixers, *zip(*seen))
-        return match(student(tokens)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
+            return align_loss(student, new, *zip(*seen))
+        return match(student(tokens, None, 0)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
 
     return loss_of
 
@@ -262,7 +262,7 @@ def make_loss(c, teacher, mixers):
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
-GLANCE = 100_000  # tokens of the validation split on which teacher and student are compared at first
+GLANCE = 100_000  # tokens to validate teacher and student on before the first step
 
 
 def load_lm(name, path, device, dtype):
@@ -313,13 +313,13 @@ def main(argv):
         corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
     torch.manual_seed(c.seed)
     student, extra = resumed or (make_student(source, c.keep_attention, c.mixers), {})
-    mixers = replaced(student, teacher)
-    require(c.stage == "all" or mixers, f"--stage {c.stage} trains new mixers, "
+    new = replaced(student, teacher)
+    require(c.stage == "all" or new, f"--stage {c.stage} trains new mixers, "
             f"and --keep_attention {c.keep_attention} leaves none")
-    freeze(student, c.stage, mixers)
+    freeze(student, c.stage, new)
     if rank == 0 and not resumed:
         show(c, teacher, student, replaced(student, source), corpus)
-    loss_of = make_loss(c, teacher, mixers)
+    loss_of = make_loss(c, teacher, new)
     return fit(c, where, student, extra, corpus, loss_of=loss_of, script="distill.py")
 
 

@@ -599,7 +599,7 @@ BLOCKS = {"gated": BiGS, "stacked": Stacked}
 class Encoder(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for its own token, from both sides; the state is None.
 
-    As in BERT the embeddings are normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and
+    It is called as an LM is. As in BERT the embeddings are normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and
     the embedding's weight again. It has no mask for padding: batch texts of one length.
     """
     recurrent = False
@@ -620,7 +620,7 @@ class Encoder(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
 
-    def forward(self, tokens):
+    def forward(self, tokens, state=None, upto=None):
         x = self.embedding(tokens)
         l = tokens.shape[1]
         if self.position_table is not None:

@@ -40,7 +40,7 @@ LARGEST = {int: 2**63 - 1, float: 1e30}  # where a flag has no bound of its own
 
 def flag(default, text, low=None, high=None, one_of=None, fixed=False):
     """A field of a dataclass that is a command-line flag too. low and high, both included, bound a number, one_of lists
-    the values of a word, and what is fixed belongs to the checkpoint: no resumed run may change it."""
+    the values of a word, and a fixed flag belongs to the checkpoint, so that no resumed run may change it."""
     metadata = {"help": text, "low": low, "high": high, "one_of": one_of, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -293,7 +293,8 @@ def surprise(logits, targets):
 
 def prediction_loss(model, tokens, targets):
     """Mean nats of the targets (b, l), given the tokens (b, l)."""
-    return surprise(model(tokens)[0], targets).mean()
+    logits, _ = model(tokens, None, 0)  # no state is wanted
+    return surprise(logits, targets).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +408,8 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
         tokens, targets = (torch.from_numpy(t).to(device) for t in drawn)
         targets[:, :seen] = NO_TARGET
         with cast:
-            logits, state = model(tokens, state) if carried else model(tokens)
+            logits, after = model(tokens, state, None if carried else 0)
+        state = after if carried else None
         hits = (logits.argmax(-1) == targets).sum(1) / (targets != NO_TARGET).sum(1)
         nats += (l - seen) * surprise(logits, targets).sum().item()
         right += (l - seen) * hits.sum().item()
@@ -543,7 +545,7 @@ class Run:
         self.saved = self.seconds
 
     def save(self, name):
-        """Never weights that are not finite: what was saved before stays."""
+        """Never weights that are not finite: the file that was saved before stays."""
         finite = all(p.isfinite().all() for p in self.model.parameters())
         self.demand(finite, "weights are not finite")
         save(self.folder / name, self.model, script=self.script, flags=dataclasses.asdict(self.c),
@@ -551,13 +553,14 @@ class Run:
              **{name: getattr(self, name) for name in KEPT})
         self.saved = self.seconds
 
-    def demand(self, fine, what):
+    def demand(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
         last = self.folder / "last.pt"
         way_out = f"go on from the last good {last} with --resume and a lower --lr"
         if not fine:
             way_out = way_out if last.exists() else "nothing was saved: lower --lr in another --out"
-            raise UserError(f"the {what} at step {self.step}, learning rate {self.lr:.2e}: {way_out}")
+            at = f"step {self.step}, learning rate {self.lr:.2e}"
+            raise UserError(f"the {found} at {at}: {way_out}")
 
     def record(self, **figures):
         """One line of log.jsonl."""
@@ -654,7 +657,7 @@ def introduce(run, corpus):
 
 
 def report(run, figures, val):
-    """The figures of a validation, beside what compressors need for the same bytes."""
+    """The figures of a validation, beside those of compressors for the same bytes."""
     unit = run.objective.unit
     print(f"validation  {figures['val_bpb']:.4f} {unit}, windows of {run.c.seq_len}; "
           f"{figures['val_accuracy']:.1%} guessed right")
@@ -793,20 +796,18 @@ def make_config(c, merges=()):
                   window=c.seq_len if attention else 0, **shape)
 
 
-def load_fitting(path, c, given):
-    """The model of --init or --eval_only, of the kind that --objective trains, in its own sizes."""
+def check_model(path, model, c, given):
+    """UserError unless a checkpoint's model is of the kind that --objective trains, with sizes that no flag changes."""
     mine = {"objective"} if c.eval_only else {"objective", "init"}
     for name in fixed_flags(c):
         own = name not in given or name in mine
         require(own, f"--{name} is fixed by the checkpoint {path}; leave it out")
-    model, _ = load(path)
     config = model.config
     require(config.vocab <= MASK + 1 or config.merges,
             f"{path} reads {config.vocab:,} kinds of tokens; only models of bytes are trained here")
     kind = "an encoder" if config.block else "causal"
     require(bool(config.block) == OBJECTIVES[c.objective].encoder,
             f"{path} is {kind}; --objective {c.objective} is not for it")
-    return model
 
 
 @script
@@ -824,7 +825,8 @@ def main(argv):
     if resumed:
         model, extra = resumed
     elif c.init:
-        model = load_fitting(c.init, c, given)
+        model, _ = load(c.init)
+        check_model(c.init, model, c, given)
     else:
         merges = learn_merges(corpus.train, c.bpe) if c.bpe else ()
         model = make_model(make_config(c, merges))
@@ -832,14 +834,15 @@ def main(argv):
 
 
 def eval_only(c, given):
-    """Validate --out, a run or a published checkpoint, on its own corpus and windows unless flags say otherwise."""
-    saved = load(c.out)[1].get("flags", {})  # none in a published checkpoint, others in distill.py's
+    """Validate --out, a run or a published checkpoint, by its own flags but for those given."""
+    model, extra = load(c.out)
+    saved = extra.get("flags", {})  # none of a published checkpoint, other ones of distill.py
     saved = {name: value for name, value in saved.items() if name in vars(c)}
     if "objective" in given:
         saved["span"] = 1  # the run's own is no fault of another objective
     c = Flags(**{**saved, **given, "out": c.out})
     check_flags(c)
-    model = load_fitting(c.out, c, given)
+    check_model(c.out, model, c, given)
     check(c)
     corpus, objective = load_data(c)
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)

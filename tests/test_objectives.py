@@ -177,7 +177,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.p = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens, real=None):
+    def forward(self, tokens, state=None, upto=None):
         law = torch.full((*tokens.shape, 257), 0.5 / 256, dtype=F64).scatter(-1, tokens[..., None], 0.5)
         return torch.where((tokens == MASK)[..., None], torch.full_like(law, 1 / 257), law).log() + self.p, None
 
@@ -324,7 +324,7 @@ class Pair(torch.nn.Module):
 
     calls = 0
 
-    def forward(self, tokens):
+    def forward(self, tokens, state=None, upto=None):
         self.calls += 1
         known = tokens.clamp(max=2).flip(1)  # 0, 1 or 2: masked
         one = torch.stack([self.first[known[:, 0]], self.second[known[:, 1]]], dim=1)  # (b, 2)
