@@ -441,24 +441,14 @@ def make_drafter(c, vocab, data, device, dtype):
     return SubwordDrafter(drafter) if config.merges else ByteDrafter(drafter)
 
 
-def acceptance(rounds):
-    """Per position in a round, the share of guesses accepted where all guesses before it were."""
-    rates = []
-    for i in range(max(guessed for guessed, _ in rounds)):
-        judged = [accepted > i for guessed, accepted in rounds if guessed > i and accepted >= i]
-        if judged:
-            rates.append(sum(judged) / len(judged))
-    return rates
-
-
 def report(rounds, seconds, plain):
     """What speculation brought, on stderr, and its seconds beside those that the plain stream takes."""
     began = time.perf_counter()
     written = len(list(plain))
     plain_seconds = time.perf_counter() - began
-    rates = " ".join(f"{rate:.2f}" for rate in acceptance(rounds))
-    print(f"{written / len(rounds):.2f} tokens per call of the model, {len(rounds)} calls\n"
-          f"accepted by position, where all before it were: {rates}\n"
+    guessed, accepted = (sum(numbers) for numbers in zip(*rounds))
+    print(f"{written / len(rounds):.2f} tokens per call of the model, {len(rounds)} calls; "
+          f"{accepted} of {guessed} guesses accepted\n"
           f"{seconds:.2f} s, plain writing {plain_seconds:.2f} s: "
           f"{plain_seconds / seconds:.2f} times as fast", file=sys.stderr)
 

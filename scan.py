@@ -142,24 +142,6 @@ def discretize(dt, A, B, rule="mamba"):
         return torch.exp(z), dt * factor * B
     raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
 
-
-def discretize_dense(dt, A, B, rule="zoh"):
-    """The same for a full matrix: dt a number, A (n, n), B (n,) -> Abar (n, n), Bbar (n,); zoh and bilinear.
-
-    zoh needs no inverse of A, which may be singular: exp(dt [[A, B], [0, 0]]) = [[Abar, Bbar], [0, 1]] (Van Loan 1978).
-    """
-    n = len(A)
-    eye = torch.eye(n, dtype=A.dtype, device=A.device)
-    if rule == "zoh":
-        AB = F.pad(torch.cat([A, B[:, None]], dim=1), (0, 0, 0, 1))  # a row of zeros below
-        both = torch.linalg.matrix_exp(dt * AB)
-        return both[:n, :n], both[:n, n]
-    if rule == "bilinear":
-        left = eye - dt / 2 * A
-        return torch.linalg.solve(left, eye + dt / 2 * A), torch.linalg.solve(left, dt * B)
-    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
 #
@@ -291,7 +273,7 @@ SCANS = {"naive": _scan_naive, "parallel": _scan_parallel,
 # A mass on a spring: position q, velocity q', and q'' = -k q - r q' + x when a force x pushes it. With h = (q, q') this
 # is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0). Two numbers remember all that was
 # ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
-# Section 1 makes it a recurrence. Unrolled from h = 0 that reads
+# Section 1's rules make it a recurrence (for a full matrix A: tests/dense.py). Unrolled from h = 0 that reads
 #     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar: the answer to one push, j steps later        (S4 eq. 5)
 # so a whole sequence is one convolution, by FFT in l log l operations, and needs no state at all. A layer is d such
 # systems of n numbers each, and each has its own step size dt. Two questions are left. Which A remembers well? (HiPPO.)

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from scan import (dense_kernel, discretize, discretize_dense, dplr_legs, dplr_steps, fft_conv, hippo_legs,
+from dense import discretize_dense
+from scan import (dense_kernel, discretize, dplr_legs, dplr_steps, fft_conv, hippo_legs,
                   legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
 
 F64, C128 = torch.float64, torch.complex128

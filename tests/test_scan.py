@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from scan import SCANS, SELECTIVE_SCANS, discretize, discretize_dense, scan, selective_scan
+from dense import discretize_dense
+from scan import SCANS, SELECTIVE_SCANS, discretize, scan, selective_scan
 
 LENGTHS = [1, 2, 3, 7, 8, 31, 64, 100, 257]
 F64 = torch.float64

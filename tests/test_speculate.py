@@ -517,8 +517,7 @@ def test_stats_tell_bytes_calls_and_acceptance(runs, capsys):
     same = ["--ckpt", str(runs / "mamba2"), "--draft", str(runs / "mamba2")]
     assert sample.main([*same, "--bytes", "30", "--k", "4", "--stats"]) == 0
     err = capsys.readouterr().err
-    assert "5.00 tokens per call" in err and "1.00 1.00 1.00 1.00" in err and "times as fast" in err
-    assert sample.acceptance([(3, 0), (3, 2), (1, 1), (0, 0)]) == [2 / 3, 1, 0]
+    assert "5.00 tokens per call" in err and "24 of 24 guesses accepted" in err and "times as fast" in err
 
 
 def test_plain_writing_is_timed_with_the_step_that_it_would_use(runs, monkeypatch, capsys):
