@@ -1,55 +1,400 @@
-"""What a trained model is asked beyond bits per byte: figures for studies, as MambaByte (2401.13660) reports them."""
-import contextlib
+"""What models learn: python -m tests.studies NAME [--quick] [--rounds N] [--json FILE]
+
+    selection   accuracy on selective copying and induction heads, by length
+    robust      bits per byte under noise, and far beyond the training length, of two trained models
+    distill     a transformer, its students, and the same students without it: bits per byte, speed, memory
+
+Models are runs in folders of their own below out/, which a second call does not train again: after Ctrl-C repeat the
+command. Results go to assets/study_NAME.json. Only distill measures speed, with bench.py's harness.
+"""
+import dataclasses
+import json
 import math
+import statistics
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import distill
+import train
+from data.corpus import load_corpus, windows
+from data.synthetic import NO_TARGET, TASKS
+from distill import freeze, make_loss, make_student, replaced
+from model import LM, Config, load
+from sample import prefill
+from tests.bench import Cell, compare, kinds_of_memory, our_config, run, train_once, write_after
+from tests.noise import corrupt
+from train import evaluate, make_optimizer, prediction_loss, script
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Selection
+
+
+def selection_runs(root, quick):
+    """(folder, task, layer, flags) of every run; the last two of a task are scored.
+
+    Training in windows of 256 begins with the weights of a run in short ones, since 1 to 4 targets in 256 letters may
+    teach nothing in minutes.
+    """
+    shape = "--d_model 64 --n_layer 2"
+    steps = "--steps 2" if quick else ""
+    short = {"selective_copy": "--seq_len 64 --batch_size 32",
+             "induction": "--seq_len 32 --batch_size 64"}
+    long = {"selective_copy": "--lr 5e-3 --steps 800", "induction": "--lr 2e-3 --steps 300"}
+    runs = []
+    for task in TASKS:
+        for layer in ("mamba", "s4d"):
+            first = root / f"{task}_{layer}_short"
+            flags = f"--data {task} --layer {layer} {shape} {short[task]} --lr 5e-3 --steps 800"
+            runs.append((first, None, layer, f"{flags} {steps}"))
+            flags = f"--data {task} --init {first} --seq_len 256 --batch_size 16 {long[task]}"
+            runs.append((root / f"{task}_{layer}", task, layer, f"{flags} {steps}"))
+    return runs
+
 
 @torch.inference_mode()
-def window_nats(model, data, length, stride, batch_size, cast=contextlib.nullcontext(), piece=512):
+def accuracy(model, task, length, count):
+    """Share of the targets guessed right in count windows, read piece by piece with the state carried along."""
+    tokens, targets = (torch.from_numpy(t) for t in TASKS[task](length, count, 2**63, length))
+    size = max(1, 2**16 // count)
+    right = 0
+    state = None
+    for t, y in zip(tokens.split(size, dim=1), targets.split(size, dim=1)):
+        logits, state = model(t, state)
+        right += (logits.argmax(-1) == y).sum().item()
+    return right / (targets != NO_TARGET).sum().item()
+
+
+def study_selection(c):
+    """Two layers of width 64, trained in windows of 256 in a few minutes per run; then windows of up to 65,536."""
+    rows = []
+    root = Path("out/selection_quick" if c.quick else "out/selection")
+    for folder, task, layer, flags in selection_runs(root, c.quick):
+        train_once(folder, flags)
+        if task is None:
+            continue
+        model, extra = load(folder / "last.pt")
+        longest = 2**16 if (task, layer) == ("induction", "mamba") else 2**14
+        for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14, 2**16):
+            if length > longest:
+                break
+            count = min(256, 2**20 // length)
+            row = {"table": task, "path": layer, "memory": "default", "length": length,
+                   "windows": count, "accuracy": accuracy(model, task, length, count),
+                   "steps": extra["step"],
+                   "parameters": sum(p.numel() for p in model.parameters())}
+            rows.append(row)
+            print(f"{task:16}{layer:8}length {length:>7,}{row['accuracy']:8.1%} "
+                  f"of {count} windows", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Loss by position
+
+
+@torch.inference_mode()
+def window_nats(model, data, length, stride, batch_size, piece=512):
     """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
 
-    The mean over windows is the loss by position. The last bytes, up to stride - 1 of them, are in no window. A window
-    is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
+    The mean over windows is the loss by position. With stride = length / 2 the second halves, and all of the first
+    window, are what MambaByte reports: none is scored twice, and after the first window none with less than half a
+    window before it. The last bytes, up to stride - 1 of them, are in no window.
+    A window is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
     """
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    text = np.concatenate([np.frombuffer(b"\n", np.uint8), data])
+    model.eval()
+    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
     starts = np.arange(0, len(data) - length + 1, stride)
-    rows = []
-    for i in tqdm(range(0, len(starts), batch_size), desc="sliding", leave=False, disable=None):
-        at = starts[i:i + batch_size, None] + np.arange(length + 1)
-        window = torch.from_numpy(text[at].astype(np.int64)).to(device)  # (b, length + 1)
+    rows = [torch.empty(0, length)]
+    for part in tqdm(range(0, len(starts), batch_size), leave=False, disable=None):
+        index = starts[part:part + batch_size, None] + np.arange(length)  # (b, length)
+        arrays = [text[index].astype(np.int64) for text in (read, data)]
+        tokens, targets = (torch.from_numpy(array).to(device) for array in arrays)
         nats = []
         state = None
-        for start in range(0, length, piece):
-            tokens = window[:, start:min(start + piece, length)]
-            targets = window[:, start + 1:start + 1 + tokens.shape[1]]
-            with cast:
-                logits, state = model(tokens, state)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nats.append(F.cross_entropy(wide.mT, targets, reduction="none").cpu())
+        for x, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
+            logits, state = model(x, state)
+            nats.append(F.cross_entropy(logits.mT, y, reduction="none").cpu())  # (b, piece)
         rows.append(torch.cat(nats, dim=1))
-    model.train(training)
-    return torch.cat(rows) if rows else torch.empty(0, length)
+    return torch.cat(rows)
 
 
 def sliding_bpb(nats, stride):
     """Bits per byte of window_nats, each byte in the first window that reads it within its last `stride` bytes."""
-    return torch.cat([nats[0], nats[1:, -stride:].flatten()]).mean().item() / math.log(2)
+    scored = torch.cat([nats[0], nats[1:, -stride:].flatten()])
+    return scored.mean().item() / math.log(2)
 
 
 def by_position(nats, parts=7):
     """[(from, to, bits per byte)]: the windows in parts that double, so that the first is 1/64 of the length."""
-    cuts = [0, *(nats.shape[1] >> i for i in reversed(range(parts)))]
-    bits = nats.mean(0) / math.log(2)
-    return [(a, b, bits[a:b].mean().item()) for a, b in zip(cuts, cuts[1:]) if a < b]
+    cuts = [0] + [nats.shape[1] >> i for i in reversed(range(parts))]
+    pairs = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
+    return [(a, b, nats[:, a:b].mean().item() / math.log(2)) for a, b in pairs]
 
 
 def word_perplexity(bits, text):
-    """2^(bits / words), the perplexity of a model over words; the words of text are what white space separates."""
-    return 2 ** min(bits / max(len(bytes(text).split()), 1), 1000)
+    """2^(bits / words), what a model over words would have to reach; words of `text` are what white space separates."""
+    words = max(len(bytes(text).split()), 1)
+    return 2 ** min(bits / words, 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Robust
+
+TRAINED = {"mamba": "out/robust_mamba",  # by the commands in tests/README.md
+           "attention": "out/robust_attention"}
+NOISES = ("", "drop:0.05", "drop:0.3", "repeat:0.05", "repeat:0.3", "antspeak", "upper",
+          "random_case", "swap:0.05", "swap:0.3")  # as MambaByte's table has them
+
+
+def study_robust(c):
+    """MambaByte's robustness: noise of several kinds, and texts 64 times as long as the windows of training."""
+    rows = []
+    for name, path in TRAINED.items():
+        if c.quick:
+            model = LM(our_config(name, 32, 1))
+            seq_len = 16
+            data = "this file"
+            val = np.frombuffer(Path(__file__).read_bytes()[:2000], np.uint8)
+        else:
+            model, extra = load(path)
+            seq_len = extra["flags"]["seq_len"]
+            data = extra["flags"]["data"]
+            val = load_corpus(data).val
+        size = {"path": name, "memory": "default", "data": data, "seq_len": seq_len,
+                "parameters": sum(p.numel() for p in model.parameters())}
+        found = noise_rows(model, val, seq_len) + length_rows(name, model, val, seq_len)
+        rows += [{**size, **row} for row in found]
+    return rows
+
+
+def noise_rows(model, val, seq_len):
+    rows = []
+    words = len(bytes(val).split())  # of the clean text, since noise makes no words
+    print(f"\n{'noise':14}{'bits per byte':>15}{'bits per word':>15}{'perplexity of a word':>22}")
+    for noise in NOISES:
+        text = corrupt(val, noise)
+        bpb, _ = evaluate(model, text, seq_len, 16)
+        bits = bpb * len(text)
+        row = {"table": "noise", "noise": noise or "none", "bpb": bpb,
+               "bits_per_word": bits / words, "word_perplexity": word_perplexity(bits, val)}
+        rows.append(row)
+        print(f"{row['noise']:14}{bpb:15.3f}{bits / words:15.3f}{row['word_perplexity']:22.4g}")
+    return rows
+
+
+def length_rows(name, model, val, seq_len):
+    """By position, over 6 windows of 64 times the length; Mamba in windows of its training has one figure for all."""
+    length = min(64 * seq_len, len(val))
+    stride = max(1, (len(val) - length) // 5)
+
+    def curve(piece=512):
+        return by_position(window_nats(model, val, length, stride, 1, piece))
+
+    if name == "mamba":
+        half = seq_len // 2
+        sliding = sliding_bpb(window_nats(model, val, seq_len, half, 16), half)
+        plain = curve()
+        curves = {"plain": plain, "windowed": [(a, b, sliding) for a, b, _ in plain]}
+    else:
+        curves = {}
+        for key, window in (("plain", 0), ("windowed", seq_len)):
+            for layer in model.layers:
+                layer.mixer.window = window
+            curves[key] = curve(512 if window else length)  # one piece needs no mask in memory
+    rows = []
+    for key, parts in curves.items():
+        print(f"{name}, {key}: " + ", ".join(f"to {b:,} {bpb:.3f}" for _, b, bpb in parts))
+        rows += [{"table": "position", "path": f"{name}, {key}", "from": a, "to": b, "bpb": bpb}
+                 for a, b, bpb in parts]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Distill: a transformer, its students, and the same students without it
+
+SHARES = (0.5, 0.25, 0.125, 0.0)  # of the layers that stay attention
+RUNS = Path("out/bench_distill")
+
+
+def distillation_runs(root, quick):
+    """(folder, flags, program) of every run, in an order in which they can be made.
+
+    A student reads a fifth of its teacher's bytes: a quarter of them to align its layers, the others end to end. From
+    scratch it reads as many, or half as many more, which takes longer than distillation with the teacher's reading.
+    """
+    data = "--data shakespeare --seq_len 256"
+    shape = "--n_layer 8 --d_model 64 --n_head 2 --batch_size 16 --steps 600"
+    align = 2 if quick else 60
+    rest = 3 * align
+    batch = 2 if quick else 8
+    if quick:
+        data = f"--data {Path(__file__)} --seq_len 16"
+        shape = "--n_layer 2 --d_model 16 --n_head 2 --batch_size 4 --steps 8"
+    runs = [(root / "teacher", f"--layer attention {shape} --lr 3e-3 {data}", train)]
+    for share in SHARES:
+        student = (f"--teacher {root / 'teacher'} --keep_attention {share} --batch_size {batch} "
+                   f"--warmup 10 {data}")
+        for mixers in ("attention", "random"):
+            end = root / f"{share}_{mixers}"
+            first = f"{student} --mixers {mixers} --stage align --lr 1e-2 --steps {align}"
+            then = f"{student} --student {aligned(end)} --lr 8e-3 --steps {rest}"
+            runs += [(aligned(end), first, distill), (end, then, distill)]
+        scratch = f"{student} --mixers scratch --kl 0 --ce 1"
+        steps = align + rest
+        runs += [(root / f"{share}_scratch", f"{scratch} --steps {steps}", distill),
+                 (root / f"{share}_scratch_longer", f"{scratch} --steps {3 * steps // 2}", distill)]
+    return runs
+
+
+def aligned(folder):
+    """The run of a student's first stage."""
+    return folder.with_name(folder.name + "_aligned")
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def last_loss(folder, count=20):
+    """Mean loss in bits of a run's last steps; students of one teacher read the same windows in them."""
+    losses = [line["train_bpb"] for line in read_log(folder) if line["train_bpb"] is not None]
+    return statistics.mean(losses[-count:])
+
+
+def beginning(flags, val):
+    """Bits per byte of a student as it was made."""
+    teacher, _ = load(flags["teacher"])
+    torch.manual_seed(flags["seed"])
+    student = make_student(teacher, flags["keep_attention"], flags["mixers"])
+    return evaluate(student, val, flags["seq_len"], 16)[0]
+
+
+@torch.inference_mode()
+def recall(model, val, gap, count=32, size=64, cue=16):
+    """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has
+    stood gap bytes before, against another passage having stood there."""
+    once, other = (torch.from_numpy(windows(val, size, count, 0, step)) for step in (0, 1))
+    between = torch.from_numpy(windows(val, gap, count, 0, 2))
+    bits = []
+    for first in (other, once):
+        logits, _ = model(torch.cat([first, between, once], dim=1))
+        rest = logits[:, cue - size - 1:-1].flatten(0, 1)
+        bits.append(F.cross_entropy(rest, once[:, cue:].flatten()).item() / math.log(2))
+    return bits[0] - bits[1]
+
+
+def describe_run(folder):
+    """A row: bits per byte before the first step, after alignment and at the end; KL, the divergence from the teacher
+    that is left; bytes and seconds of all stages; recall."""
+    model, extra = load(folder)
+    val = load_corpus(extra["flags"]["data"]).val
+    two_stages = aligned(folder).exists()
+    ends = [read_log(stage)[-1] for stage in (aligned(folder), folder) if stage.exists()]
+    gaps = () if "scratch" in folder.name else (64, 1024)
+    row = {"table": "distillation", "model": folder.name,
+           "parameters": sum(p.numel() for p in model.parameters()),
+           "val_bpb": ends[-1]["val_bpb"], "bytes": sum(end["bytes"] for end in ends),
+           "seconds": sum(end["seconds"] for end in ends),
+           "recall": {gap: recall(model, val, gap) for gap in gaps}}
+    if two_stages:
+        row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val),
+                "aligned_bpb": ends[0]["val_bpb"], "kl": last_loss(folder)}
+    keys = [key for key in ("first_bpb", "aligned_bpb", "val_bpb", "kl") if key in row]
+    figures = ", ".join(f"{key} {row[key]:.4f}" for key in keys)
+    saved = ", ".join(f"recall at {gap} {bits:.3f}" for gap, bits in row["recall"].items())
+    print(f"  {folder.name:22}{figures}; {row['bytes']:,} bytes, {row['seconds']:.0f} s; {saved}",
+          flush=True)
+    return row
+
+
+def make_distillation(path, share, b, l, d_model, n_layer, device):
+    """A step of the student: of plain training, or of a stage of distillation, the teacher's reading included."""
+    shape = {"d_model": d_model, "n_head": 2, "n_kv_head": 2, "window": l}
+    teacher = LM(Config(("attention+mlp",) * n_layer, **shape)).to(device).eval()
+    student = make_student(teacher, share, "attention").to(device).train()
+    c = distill.Flags(stage="align" if path == "align" else "all")
+    mixers = replaced(student, teacher)
+    freeze(student, c.stage, mixers)
+    loss_of = prediction_loss if path == "training" else make_loss(c, teacher, mixers)
+    optimizer = make_optimizer(student, c.lr, c.weight_decay)
+    tokens, targets = torch.randint(256, (2, b, l), device=device)
+
+    def step():
+        loss_of(student, tokens, targets).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return {"step": step}
+
+
+def unlimited(folder, device="cpu"):
+    """A run's model, attention seeing all that was read."""
+    model, _ = load(folder, device)
+    wide = LM(dataclasses.replace(model.config, window=0)).to(device).eval()
+    wide.load_state_dict(model.state_dict())
+    return wide
+
+
+def make_run_context(path, root, context, count, device):
+    """count bytes after a context, by a run's model."""
+    model = unlimited(Path(root) / path, device)
+    return write_after(model, torch.randint(256, (1, context), device=device), count)
+
+
+def state_mb(folder, context):
+    """What a model keeps after context bytes."""
+    _, state = prefill(unlimited(folder), torch.randint(256, (1, context)))
+    return sum(t.nbytes for layer in state for t in layer) / 1e6
+
+
+def study_distill(c):
+    """The runs of distillation_runs; then the price of a step, and speed and memory of writing."""
+    root = Path(tempfile.mkdtemp()) if c.quick else RUNS
+    size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2}
+    if not c.quick:
+        size = {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
+    runs = distillation_runs(root, c.quick)
+    for folder, flags, program in runs:
+        train_once(folder, flags, program)
+    print("\nbits per byte at first, aligned, at the end")
+    rows = [describe_run(folder) for folder, *_ in runs if not folder.name.endswith("aligned")]
+    for share in SHARES:
+        work = size["b"] * size["l"]
+        kind = kinds_of_memory(c, "kept")[0]
+        cells = [Cell(path, make_distillation, {"path": path, "share": share, **size}, kind, work)
+                 for path in ("training", "align", "all")]
+        rows += compare("distillation step", {"share": share}, cells, c)
+    names = ["teacher"] + [f"{share}_attention" for share in SHARES]
+    for context in (16,) if c.quick else (256, 2048, 8192):
+        args = {"root": str(root), "context": context, "count": 32}
+        cells = [Cell(name, make_run_context, {"path": name, **args}, work=32) for name in names]
+        found = compare("writing after a context", {"context": context}, cells, c)
+        for row in found:
+            row["state_mb"] = state_mb(root / row["path"], context)
+            print(f"    {row['path']:24}state {row['state_mb']:8.2f} MB", flush=True)
+        rows += found
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The command line
+
+STUDIES = {"selection": study_selection, "robust": study_robust, "distill": study_distill}
+
+
+@script
+def main(argv):
+    return run(argv, "tests.studies", STUDIES, "study")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The figures of assets/: python -m tests.figures [--run out/mamba2]. Needs matplotlib.
+
+Each is drawn from a JSON file of assets/, whose `command` says how it was measured. Those of train.svg and selects.svg
+are written by --run from a trained run, so these figures too can be drawn again without it.
+"""
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.corpus import compressed_bpb, load_corpus
+from data.files import UserError
+from model import load
+from train import flag, parse, script
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BEFORE = "import os\n\n\nclass Store:\n    "  # read, but not shown
+LINE = "def load(self, path):  # opens a file\n"  # shown in selects.svg
+
+
+@dataclass
+class Flags:
+    run: str = flag("", "a run of train.py whose curve and step sizes are drawn")
+    layer: int = flag(1, "with --run: the layer of selects.svg, from 0", low=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Numbers: from the JSON files, and from a run
+
+
+def measured(name, **wanted):
+    """The rows of a measurement that have these values."""
+    path = ASSETS / f"{name}.json"
+    if not path.exists():
+        kind, _, what = name.partition("_")
+        module = {"bench": "bench", "study": "studies"}.get(kind)
+        way = f"python -m tests.{module} {what}"
+        if module is None:
+            way = "python -m tests.figures --run out/mamba2"
+        raise UserError(f"{path} is missing; measure first: {way}")
+    content = json.loads(path.read_text())
+    print(f"{path.name}: {content['command']}")
+    return [row for row in content["rows"] if wanted.items() <= row.items()]
+
+
+def write(name, argv, rows):
+    """rows as assets/NAME.json."""
+    content = {"command": " ".join(["python -m tests.figures", *argv]), "rows": rows}
+    (ASSETS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def training_rows(folder, points=200):
+    """A run's curve: the mean training loss of up to `points` parts, every validation; and compressors' bits."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["train_bpb"] is not None]
+    size = math.ceil(len(steps) / points)
+    rows = []
+    for i in range(0, len(steps), size):
+        part = steps[i:i + size]
+        mean = sum(line["train_bpb"] for line in part) / len(part)
+        rows.append(point("training", part[-1]["seconds"], mean))
+    for line in lines:
+        if line["val_bpb_carried"] is not None:
+            rows.append(point("carried", line["seconds"], line["val_bpb_carried"]))
+    val = load_corpus(load(folder)[1]["flags"]["data"]).val
+    return rows + [point(tool, None, bpb) for tool, bpb in compressed_bpb(val).items()]
+
+
+def point(table, seconds, bpb):
+    return {"table": table, "seconds": seconds, "bpb": round(bpb, 4)}
+
+
+@torch.inference_mode()
+def step_sizes(model, layer, text):
+    """dt (nh, l) of a layer of Mamba-2 that reads text: softplus(the last rows of in_proj + dt_bias)."""
+    mixer = model.layers[layer].mixer
+    seen = []
+    hook = mixer.in_proj.register_forward_hook(lambda _, args, out: seen.append(out))
+    model(torch.tensor([list(text)]))
+    hook.remove()
+    dt = seen[0][0, :, -len(mixer.dt_bias):] + mixer.dt_bias  # (l, nh)
+    return F.softplus(dt).T
+
+
+def selection_rows(folder, layer):
+    """dt of each byte of LINE, one row per head, the heads that write most first."""
+    model, _ = load(folder)
+    if model.config.kinds != {"mamba2"} or layer >= len(model.layers):
+        raise UserError(f"--run {folder}: selects.svg shows a mamba2 of more than {layer} layers")
+    dt = step_sizes(model, layer, (BEFORE + LINE).encode())[:, len(BEFORE):]
+    rows = []
+    for head in dt.mean(1).argsort(descending=True).tolist():
+        sizes = [round(size, 4) for size in dt[head].tolist()]
+        rows.append({"text": LINE, "layer": layer, "head": head, "dt": sizes})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Drawing
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError(f"figures need matplotlib ({e}); pip install matplotlib") from e
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
+    return plt
+
+
+def save(figure, name):
+    """The same bytes for the same rows."""
+    figure.savefig(ASSETS / name, metadata={"Date": None})
+    pyplot().close(figure)
+    print(f"  wrote {ASSETS / name}")
+
+
+def axes_of(width=6.4, height=4.0):
+    figure, axes = pyplot().subplots(figsize=(width, height), layout="constrained")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(name, rows, x, y, xlabel, ylabel, yscale="linear", xscale="log"):
+    """One curve for every path and kind of memory; huge pages dashed, kept memory dotted."""
+    figure, axes = axes_of()
+    points = {}
+    for row in rows:
+        points.setdefault((row["path"], row["memory"]), []).append((row[x], row[y]))
+    paths = dict.fromkeys(path for path, _ in points)
+    colors = {path: f"C{i}" for i, path in enumerate(paths)}
+    for (path, memory), curve in points.items():
+        style = {"default": "o-", "huge pages": "o--", "kept": "o:"}[memory]
+        axes.plot(*zip(*curve), style if xscale == "log" else "-", color=colors[path], markersize=4,
+                  label=path if memory == "default" else None)
+    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    if xscale == "log":
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0 if yscale == "linear" else None)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save(figure, name)
+
+
+def scan_time():
+    rows = measured("bench_scan", table="selective scan", mode="forward+backward")
+    rows = [{**row, "ms": 1e3 * row["seconds"]} for row in rows]
+    curves("scan_time.svg", rows, "l", "ms", "length",
+           "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
+
+
+def decode_context():
+    rows = measured("bench_decode", table="decoding after a context", mode="writing")
+    curves("decode_context.svg", rows, "context", "ms_per_byte", "bytes read before",
+           "ms per byte written")
+
+
+def length():
+    curves("length.svg", measured("study_robust", table="position"), "to", "bpb",
+           "up to this position (trained on the first part)", "bits per byte")
+
+
+def selection():
+    labels = {"selective_copy": "selective copying: letters right, %",
+              "induction": "induction: right, %"}
+    for table, label in labels.items():
+        rows = measured("study_selection", table=table)
+        rows = [{**row, "percent": 100 * row["accuracy"]} for row in rows]
+        curves(f"{table}.svg", rows, "length", "percent", "length (trained on 256)", label)
+
+
+def legs():
+    curves("legs.svg", measured("bench_s4", table="legs"), "age", "value", "age", "x(now - age)",
+           xscale="linear")
+
+
+def speculation():
+    rows = []
+    for row in measured("bench_speculate", table="speculation"):
+        special = row.get("beta") or "rule" in row or "to_boundary" in row
+        if row["temperature"] != 0.5 and not special:
+            path = f"{row['path']}, temperature {row['temperature']:g}"
+            rows.append({**row, "path": path, "memory": "default"})
+    rows.sort(key=lambda row: (row["path"], row["k"]))
+    curves("speculate.svg", rows, "k", "speedup", "guesses: words, or bytes",
+           "times as fast as plain writing")
+    curves("speculate_calls.svg", rows, "k", "bytes_per_call", "guesses: words, or bytes",
+           "bytes per call of the model")
+
+
+def training():
+    """Bits per byte by seconds of training, beside those of compressors for the validation bytes."""
+    rows = measured("train")
+    figure, axes = axes_of(7, 4.2)
+    thin = {"color": "C0", "linewidth": 1, "alpha": 0.7}
+    thick = {"color": "C1", "linewidth": 2.5, "marker": "o"}
+    for table, label, style in (("training", "training, the windows of a step", thin),
+                                ("carried", "validation, state carried along", thick)):
+        found = [row for row in rows if row["table"] == table]
+        seconds = [row["seconds"] for row in found]
+        axes.plot(seconds, [row["bpb"] for row in found], label=label, **style)
+    others = sorted((row["bpb"], row["table"]) for row in rows if row["seconds"] is None)
+    for i, (bpb, tool) in enumerate(others):
+        axes.axhline(bpb, color="0.4", linewidth=1, linestyle="--")
+        side = "bottom" if i else "top"  # the lowest label below its line, since two may be close
+        axes.text(1.03 * seconds[-1], bpb, f"{tool}: {bpb:.2f}", fontsize=11, va=side)
+    axes.set(xlim=(0, 1.22 * seconds[-1]), ylim=(min(row["bpb"] for row in rows) - 0.2, 4))
+    axes.set_xlabel("seconds of training", fontsize=12)
+    axes.set_ylabel("bits per byte", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.legend(frameon=False, fontsize=12)
+    save(figure, "train.svg")
+
+
+def selects():
+    """dt per byte and head: how much of a byte a head writes into its state."""
+    rows = measured("selects")
+    figure, axes = axes_of(7, 3.4)
+    text = rows[0]["text"].replace("\n", "\u21b5").replace(" ", "\u00b7")
+    sizes = [row["dt"] for row in rows]
+    image = axes.imshow(sizes, cmap="Greys", norm="log", aspect="auto", interpolation="nearest")
+    image.set_clim(0.01, 1)
+    axes.grid(False)
+    axes.set_xticks(range(len(text)), text, fontsize=12, family="monospace")
+    axes.set_yticks(range(len(rows)), [row["head"] for row in rows], fontsize=10)
+    axes.tick_params(length=0)
+    axes.set_ylabel(f"head of layer {rows[0]['layer']}", fontsize=12)
+    axes.set_title("dark: the head writes this byte into its state", fontsize=12, loc="left")
+    figure.colorbar(image, pad=0.01).set_label("step size dt", fontsize=12)
+    save(figure, "selects.svg")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The command line
+
+FIGURES = (training, selects, selection, length, legs, scan_time, decode_context, speculation)
+
+
+@script
+def main(argv):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    c, _ = parse(Flags, argv, "Draw the figures of assets/: python -m tests.figures")
+    pyplot()
+    if c.run:
+        write("train", argv, training_rows(Path(c.run)))
+        write("selects", argv, selection_rows(Path(c.run), c.layer))
+    for figure in FIGURES:
+        try:
+            figure()
+        except UserError as e:
+            print(f"no figure: {e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
