@@ -1,15 +1,12 @@
 """Mixers, blocks, and the byte language model; letters as in scan.py.
 
-Everything here has one signature: y, state = layer(x, state). A state of None is the beginning of a sequence, and any
-later state continues it. So training (l = a window), prefill (l = a prompt), evaluation in pieces, and decoding (l = 1)
-are one code path with a different l. A state is a NamedTuple of tensors that no layer changes: to go back, keep the old
-variable. layer(x, state, upto) gives y for all positions, but the state after the first upto of them: speculative
-sampling reads guesses and commits only those that were accepted. Only the encoder's layers have no state, since they
-see both sides of every position.
-
-    a block         x ------------------------------------------------ + ->      norm is RMSNorm
-                    |                                                  |
-                    +- norm -> mixer ----------------------------------+
+A mixer exchanges information between positions, and all mixers have one signature: y, state = mixer(x, state). A state
+of None is the beginning of a sequence, and any later state continues it. So training (l = a window), prefill (l = a
+prompt), evaluation in pieces, and decoding (l = 1) are one call with a different l. A state is a NamedTuple of tensors
+that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all positions, but the state
+after the first upto of them. Speculative sampling calls it with guesses behind the text: they are judged, but the state
+that is kept has not read them. Training has no use for a state and calls with upto = 0. The encoder's mixers see both
+sides of every position and have no state.
 
     Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
                              |                  `-> dt, B, C --^     |
@@ -18,6 +15,9 @@ see both sides of every position.
     Mamba-2         in_proj -+- x, B, C -> conv -> silu -> ssd ------+ * -> norm -> out_proj
                              +- dt ------------------------^         |
                              +- z -------------------------- silu ---+
+
+To add a mixer, write a class like the ones below (its __init__ takes the Config; its last map is called out_proj; `slow`
+names parameters that learn slowly; tensors that are no parameters are made in forward) and add it to MIXERS.
 """
 import dataclasses
 import math
@@ -37,7 +37,7 @@ MASK = 256  # the token that stands for a masked byte
 
 @dataclasses.dataclass
 class Config:
-    """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where a SwiGLU block follows.
+    """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where SwiGLU follows it.
 
     With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS.
     """
@@ -66,7 +66,7 @@ class Config:
     d_mlp: int = 0            # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
 
     block: str = ""           # encoder: gated or stacked
-    gelu: str = "tanh"        # encoder's blocks; none is the exact gelu, which the head always has
+    gelu: str = "tanh"        # encoder: of its blocks, tanh (approximate) or none (exact); the head's is exact
     n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none, and any length
 
     def __post_init__(self):
@@ -76,24 +76,25 @@ class Config:
         require(self.layers, "a model needs at least one layer")
         mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
-            is_one_of("layer", layer if self.block else layer.removesuffix("+mlp"), mixers)
-        is_one_of("block", self.block, ["", *BLOCKS])
-        is_one_of("norm", self.norm, ["rms", "layer"])
+            require_one_of("layer", layer if self.block else layer.removesuffix("+mlp"), mixers)
+        require_one_of("block", self.block, ["", *BLOCKS])
+        require_one_of("norm", self.norm, ["rms", "layer"])
+        require_one_of("gelu", self.gelu, ["tanh", "none"])
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head",
                      "n_kv_head", "n_group"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
         if "attention" in self.kinds:
-            self.is_multiple("d_model", 2 * self.n_head, f"n_head {self.n_head} with heads of even size")
-            self.is_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
+            self.require_multiple("d_model", 2 * self.n_head, f"n_head {self.n_head} with heads of even size")
+            self.require_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
         if self.kinds & {"s4", "s4d"}:
-            self.is_multiple("d_state", 2, "s4 or s4d, which keep conjugate pairs,")
+            self.require_multiple("d_state", 2, "the pairs of s4 and s4d")
         if "mamba2" in self.kinds:
             unit = self.head_dim // math.gcd(self.head_dim, self.expand)
-            self.is_multiple("d_model", unit, f"head_dim {self.head_dim} with expand {self.expand}")
+            self.require_multiple("d_model", unit, f"head_dim {self.head_dim} with expand {self.expand}")
             heads = self.expand * self.d_model // self.head_dim
             require(heads % self.n_group == 0, f"{heads} heads do not divide into n_group {self.n_group}")
 
-    def is_multiple(self, name, unit, why):
+    def require_multiple(self, name, unit, why):
         """UserError unless the size of that name is a multiple of unit, with the nearest sizes that are."""
         size = getattr(self, name)
         low = max(size // unit, 1) * unit
@@ -111,7 +112,7 @@ def require(condition, message):
         raise UserError(message)
 
 
-def is_one_of(name, value, known):
+def require_one_of(name, value, known):
     require(value in known, f'{name} "{value}" is not one of {", ".join(filter(None, known))}')
 
 
@@ -120,7 +121,8 @@ def make_norm(c):
 
 
 def scan_upto(scan, sequences, state, upto):
-    """y and state of scan(*sequences, state), sequences (b, l, ...); with upto the state after the first upto steps."""
+    """y and state of scan(*sequences, state), sequences (b, l, ...). With upto the state after the first upto steps, by
+    a second scan of these few."""
     y, after = scan(*sequences, state)
     if upto is None:
         return y, after
@@ -134,7 +136,7 @@ def scan_upto(scan, sequences, state, upto):
 
 
 def init_log_dt(size):
-    """log dt for dt log-uniform in [0.001, 0.1]: a mode with Re A near -1 remembers for 1/dt, 10 to 1,000 bytes."""
+    """log dt for dt log-uniform in [0.001, 0.1]: where A is -1, a memory of 1/dt, 10 to 1,000 bytes."""
     return torch.rand(size) * math.log(100) + math.log(0.001)
 
 
@@ -146,8 +148,8 @@ class S4D(nn.Module):
     """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
 
     y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, since only C B matters.
-    n = d_state real numbers per channel are n/2 complex modes, each standing for itself and its conjugate: hence 2 C,
-    and this is the only place with that 2. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
+    A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
+    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
     ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part. A small change of dt or A changes the whole
     kernel, so these learn slowly.
     """
@@ -184,7 +186,8 @@ class S4(S4D):
     def __init__(self, c):
         super().__init__(c)
         half = c.d_state // 2
-        Lambda, P, B, _ = (t[half:].to(torch.complex64).repeat(c.d_model, 1) for t in dplr_legs(c.d_state))
+        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # those with Im Lambda > 0
+                        for t in dplr_legs(c.d_state)[:3])
         with torch.no_grad():
             self.log_A_real.copy_((-Lambda.real).log())
             self.A_imag.copy_(Lambda.imag)
@@ -207,19 +210,19 @@ def causal_conv(x, weight, bias, tail, upto=None):
 
     x (b, l, d), weight (d, 1, k), nn.Conv1d's layout, bias (d,), tail (b, k-1, d), the inputs before x. None is 0.
     Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, or after all.
-    On two cores F.conv1d with groups=d takes 1.4 to 1.7 times as long.
+    F.conv1d(groups=d) takes 1.4 to 1.7 times as long in training (8 x 128 and 8 x 512 positions, two cores).
     """
     b, l, d = x.shape
     k = weight.shape[2]
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
-    seen = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
+    longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
-    tail = seen[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # a view would keep all of seen
-    seen = seen.to(torch.promote_types(x.dtype, weight.dtype))
+    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # no view of all
+    longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
     for j in range(k):
-        y = torch.addcmul(y, seen[:, j:j + l], weight[:, 0, j])
+        y = torch.addcmul(y, longer[:, j:j + l], weight[:, 0, j])  # (b, l, d)
     return y, tail
 
 
@@ -394,10 +397,11 @@ class Attention(nn.Module):
         end = keys - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
         cache = [t[:, first:end] for t in (k, v)]
-        if first and not torch.is_grad_enabled():
-            cache = [t.clone() for t in cache]  # a view would keep a long prompt in memory
+        if end - first < keys and not torch.is_grad_enabled():
+            cache = [t.clone() for t in cache]  # a view would keep all of a long prompt
         state = AttentionState(*cache, position + passed)
-        if l == 1 or (keys == l and not 0 < self.window < l):
+        plain = keys == l and not 0 < self.window < l  # nothing before x, and no window that cuts
+        if plain or l == 1:  # a single query sees all of its cache
             return self.attend(q, k, v, is_causal=l > 1), state
         query = torch.arange(keys - l, keys, device=x.device)[:, None]
         distance = query - torch.arange(keys, device=x.device)  # (l, keys)
@@ -430,8 +434,8 @@ MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": A
 class Block(nn.Module):
     """x + mixer(norm(x)), and where the layer's name ends in "+mlp", x + mlp(norm(x)) after it.
 
-    A mixer's last map is called out_proj. Each block adds to the residual stream, so the maps that write into it begin
-    smaller in a deep model, by sqrt(n_layer): the stream's variance does not grow with depth.
+    The maps that write into the residual stream begin smaller in a deep model, by the square root of the number of
+    layers (as in GPT-2): a mixer's out_proj and the MLP's down_proj.
     """
 
     def __init__(self, c, layer):
@@ -456,8 +460,8 @@ class Block(nn.Module):
 
 class LM(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for the token after it, and the state after the last
-    position, or after the first upto. The residual stream stays in the parameters' dtype; under autocast only the
-    projections are narrow.
+    position, or after the first upto. Under autocast the residual stream and the recurrent states stay in the
+    parameters' dtype; what lies between two projections may be narrow.
     """
 
     def __init__(self, config):
@@ -497,8 +501,8 @@ class LM(nn.Module):
 #    s4d          BiGS                                        a transformer, its attention replaced
 #    attention    a gate instead of the two-layer network     a transformer
 #
-# At m = expand * d_model all four have 4 d_model^2 + 3 d_model m weights per layer, not counting biases and the SSMs'
-# few numbers. Names of weights (du, duc, dv, dol, do, fs4, bs4) are those of the released checkpoint.
+# At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer, not
+# counting biases and the SSMs' few numbers. Names of weights (du, duc, dv, dol, do, fs4, bs4) are those of the released checkpoint.
 
 
 class SharedS4D(nn.Module):
@@ -599,8 +603,8 @@ BLOCKS = {"gated": BiGS, "stacked": Stacked}
 class Encoder(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for its own token, from both sides; the state is None.
 
-    It is called as an LM is. As in BERT the embeddings are normed, and the head is a layer, the exact gelu whatever the blocks have, a norm and
-    the embedding's weight again. It has no mask for padding: batch texts of one length.
+    It is called as an LM is, and ignores state and upto. As in BERT the embeddings are normed, and the head is a layer,
+    the exact gelu whatever the blocks have, a norm and the embedding's weight again. There is no mask for padding.
     """
     recurrent = False
 
@@ -645,7 +649,7 @@ def make_model(config):
 def save(path, model, layout="own", **extra):
     """Config, weights and whatever extra a run keeps, in one file, which appears under its name when it is whole.
 
-    Any other layout of data/checkpoints.py (hf opens in transformers) is a folder for another program, without extra.
+    Any other layout of data/checkpoints.py is for another program (hf for transformers), most a folder, without extra.
     """
     config = dataclasses.asdict(model.config)
     if layout != "own":
@@ -656,7 +660,7 @@ def save(path, model, layout="own", **extra):
         with whole_file(Path(path)) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = str(e).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; the file there before is untouched") from e
 
 
@@ -679,7 +683,7 @@ def load(path, device="cpu"):
     """(model, extra) from a file or a folder: of a run (best.pt, or last.pt if nothing has been validated yet), or a
     published checkpoint, in any layout of data/checkpoints.py.
 
-    The tensors of the file become the parameters: there is never a second copy of the weights.
+    The tensors of the file become the parameters: on a CPU there is never a second copy of the weights.
     """
     path = find_weights(Path(path))
     extra = read_file(path)
@@ -696,6 +700,6 @@ def load(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
-    if model.config.tie:
+    if model.config.tie or model.config.block:
         model.embedding.weight = model.lm_head.weight
     return model.to(device).eval(), extra

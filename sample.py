@@ -1,6 +1,6 @@
 """Let a trained model write: python sample.py --ckpt out/mamba2 --prompt "def ".
 
-A state-space model writes without end in constant memory, since its state has one size; attention keeps its window. An
+A state-space model writes without end in constant memory, since its state has one size; attention keeps a cache. An
 encoder fills holes from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
 In order: the distribution, generating, filling, speculative sampling, its drafters, the script. Letters: b texts, l
 positions, v tokens of the vocabulary, k guesses, p and q distributions of the next token. An argument `distribution` is
@@ -26,7 +26,7 @@ from data.vocabulary import show, vocabulary_of
 from model import MASK, load
 from train import flag, parse, pick_device, pick_dtype, script
 
-PREFILL = 2048  # tokens of the prompt read at a time: bounds the memory, not the result
+PREFILL = 2048  # tokens of the prompt read at a time; the result is that of reading all
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The distribution to sample from
@@ -40,7 +40,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so nothing overflows
     logits = logits / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
@@ -50,7 +50,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked  # what the likelier ones have together
-        ranked = ranked.masked_fill(before >= max(top_p, 1e-30), 0)
+        ranked = ranked.masked_fill(before >= top_p, 0)
         probabilities = probabilities.scatter(-1, order, ranked)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return probabilities
@@ -87,11 +87,11 @@ def generate(model, tokens, count, distribution, generator=None, step=None):
 def capture_step(step, token, state):
     """One token's step recorded as a CUDA graph, which launches its kernels without Python; the bits are the same.
 
-    The state lives in buffers of the graph. A call overwrites the state and the logits that the last call returned, and
-    copies in a state that comes from elsewhere. Under autocast, capture and call within one context.
+    The state lives in buffers of the graph. A call overwrites the state and the logits that the last call returned (to
+    keep them, clone), and copies in a state that comes from elsewhere. Under autocast, capture and call in one context.
     """
     token = token.clone()
-    own = tuple(type(layer)(*(t.clone() for t in layer)) for layer in state)
+    own = tuple(type(layer)(*(t.clone() for t in layer)) for layer in state)  # the graph's
 
     def copy_in(state):
         torch._foreach_copy_(list(chain(*own)), list(chain(*state)))
@@ -100,13 +100,6 @@ def capture_step(step, token, state):
         logits, state = step(token, own)
         copy_in(state)
         return logits
-
-    def captured(next_token, state):
-        if state is not own:
-            copy_in(state)
-        token.copy_(next_token)
-        graph.replay()
-        return logits, own
 
     with torch.cuda.device_of(token):  # whose streams these are to be
         stream = torch.cuda.Stream()
@@ -117,12 +110,20 @@ def capture_step(step, token, state):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # waits for all streams
             logits = advance()
+
+    def captured(next_token, state):
+        if state is not own:
+            copy_in(state)
+        token.copy_(next_token)
+        graph.replay()
+        return logits, own
+
     return captured
 
 
 @torch.inference_mode()
 def fast_step(model, token, compiled=False):
-    """The fastest step for tokens like token (b, 1): compiled if asked for, captured where CUDA allows."""
+    """The fastest step for tokens like token (b, 1): compiled if asked for, captured on CUDA without attention."""
     state = model(token)[1]
     step = torch.compile(model) if compiled else model
     if compiled:
@@ -131,9 +132,9 @@ def fast_step(model, token, compiled=False):
         try:
             step(token, state)
         except Exception as e:  # torch has a class for every compiler that may be missing
-            reason = str(e).strip().splitlines()[0]
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); run without it") from e
-    captured = token.is_cuda and model.recurrent  # a cache that grows has no fixed size
+    captured = token.is_cuda and model.recurrent  # a cache may grow
     return capture_step(step, token, state) if captured else step
 
 
@@ -145,9 +146,10 @@ def fast_step(model, token, compiled=False):
 def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likeliest=False):
     """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; 0 is one per round.
 
-    A round draws every masked token as if it were the only one, and keeps a share of them. At random places, one per
-    round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those where
-    the model is surest (MaskGIT, Chang et al. 2022). Tokens that are kept in one round know nothing of each other.
+    A round draws a token for every hole as if it were the only one, and keeps a share of them. At random places, one
+    per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those
+    where the model is surest, in the spirit of MaskGIT (Chang et al. 2022). Tokens that are kept in one round know
+    nothing of each other.
     """
     left = int((tokens[0] == mask).sum())
     rounds = min(rounds or left, left)
@@ -183,24 +185,24 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
 # rolled back. The next call reads accepted guesses again, as in the Mamba in the Llama (Wang et al. 2024, section 4),
 # but from their tokens and not from inputs kept in every layer. So every layer can do it.
 #
-#     0                seen         end             end + k
-#     | r e t u r n   s | e l f .     | n a m e s     |        text = "return self.", guesses "names"
-#     | the state       | one call of the model reads |
-#                             p of      n a m e s *            each read one place before it; * follows the last guess
-#     | r e t u r n   s   e l f .     | n a m i |              the next round, if "nam" is accepted and "i" drawn
-#                                     seen      end
+#                       seen        len(text)
+#     | r e t u r n _ s | e l f .   | n a m e s                text = "return_self.", guesses "names"
+#     | the state       | one call of the model reads these
+#                             p of    n a m e s *              each read one place before it; * follows the last guess
+#     | r e t u r n _ s   e l f .   | n a m i |                the next round, if "nam" is accepted and "i" drawn
+#                                   seen      len(text)
 
 
 def exact(p, q, onehot):
     """Accept a guess with min(1, p/q), else draw from (p - q)+, normalized (Leviathan et al. 2023; Chen et al. 2023).
 
-    p, q, onehot (k+1, v): the model's distributions, the drafter's, and a one at each guess. Row k stands for the token
-    after the last guess, and is 0 in q and onehot. Returns each guess's chance (k+1,) to pass if those before it did,
-    and the distributions (k+1, v) of the token that replaces the first guess that does not.
+    p, q, onehot (n+1, v) for n guesses: the model's distributions, the drafter's, and a one at each guess. The last row
+    stands for the token after the last guess, and is 0 in q and onehot. Returns each guess's chance (n+1,) to pass if
+    those before it did, and the distributions (n+1, v) of the token that replaces the first guess that does not.
 
     Proof that the token has the distribution p if the guess was drawn from q, whatever p and q are: acceptance yields
     min(p, q), and refusal (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing is
-    accepted and p is left, so row k needs no rule of its own. With q = onehot, for guesses that were not drawn, a guess
+    accepted and p is left, so the last row needs no rule of its own. With q = onehot, for guesses that were not drawn, a guess
     passes with its p, else the token is drawn from p without it.
 
     Branchless: arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes, and these have
@@ -217,28 +219,28 @@ def exact(p, q, onehot):
 
 @torch.inference_mode()
 def speculate(model, tokens, count, distribution, drafter, k, generator=None, rounds=None):
-    """Yields the count tokens that follow one text (1, l >= 1) as generate does, in exactly the same distribution.
+    """Yields the count tokens that follow one text (1, l >= 1) as generate does, in the same distribution.
 
     rounds, a list, receives (guessed, accepted) of every round.
 
     Cost: if a guess passes with probability alpha, a round adds (1 - alpha^(k+1)) / (1 - alpha) tokens on average
-    (Leviathan et al. 2023, equation 1) for k steps of the drafter and one call of the model. That call is not free: on
-    two CPU cores, reading 9 to 17 bytes takes 1.5 to 1.8 times as long as reading one.
+    (Leviathan et al. 2023, equation 1) for k steps of the drafter and one call of the model. That call is not free: for
+    12 layers of Mamba-2, d_model 160, on two CPU cores, 9 to 17 bytes took 1.5 to 1.8 times as long as one.
     """
     text = tokens[0].tolist()
-    end = len(text) + count
+    target = len(text) + count
     seen = len(text) - 1
     state = prefill(model, tokens[:, :seen])[1]
     drafter.start()
-    while len(text) < end:
+    while len(text) < target:
         guesses = []
         q = None
-        useful = min(k, end - len(text) - 1)  # the last token needs no guess
+        useful = min(k, target - len(text) - 1)  # the last token needs no guess
         if useful > 0:
             guesses, q = drafter.draft(text, useful, distribution, generator)
         unread = len(text) - seen
         window = tokens.new_tensor([text[seen:] + guesses])
-        logits, state = model(window, state, unread if guesses else None)  # None is cheaper
+        logits, state = model(window, state, unread if guesses else None)  # the same
         p = distribution(logits[0, unread - 1:])  # (n + 1, v) for n guesses
         onehot = F.one_hot(window[0, unread:], p.shape[1])
         onehot = F.pad(onehot, (0, 0, 0, 1)).to(p)  # (n + 1, v)
@@ -250,7 +252,8 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
         text += [*guesses[:accepted], token]
         if rounds is not None:
             rounds.append((len(guesses), accepted))
-        yield from ([token] for token in text[seen:end])
+        for token in text[seen:target]:
+            yield [token]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,9 +261,9 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
 
 
 class Drafter:
-    """draft(text, k, distribution, generator) -> guesses, q: about k >= 1 tokens that may follow text, both lists, and
-    the distributions (n, v) that they were drawn from, each given those before it, or None if they were not drawn.
-    The text grows from call to call until start() begins another."""
+    """draft(text, k, distribution, generator) -> guesses, q. text is a list of ids, guesses a list of n that may follow
+    it, any n >= 0 near k; q (n, v) are the distributions that they were drawn from, each given those before it, or None
+    if nothing was drawn. The text grows from call to call until start() begins another."""
 
     def start(self):
         pass
@@ -274,7 +277,8 @@ def read(model, text, state=None):
 class ByteDrafter(Drafter):
     """A smaller model of the same tokens. It keeps the states between its guesses and goes back to the last good one.
 
-    A state is good if it has read fewer tokens than the text has now, because then all of them were accepted.
+    Between two calls the text grows by the accepted guesses and one more token. So a state that has read fewer tokens
+    than the text has now has read accepted ones only, and the one that has read most is taken.
     """
 
     def __init__(self, model):
@@ -316,14 +320,14 @@ class SubwordDrafter(Drafter):
 
     def __init__(self, model):
         self.model = model
-        self.words = BPE(model.config.merges)
-        self.order = torch.tensor(self.words.order)
+        self.bpe = BPE(model.config.merges)
+        self.order = torch.tensor(self.bpe.order)
 
     def start(self):
-        self.states = {0: read(self.model, [ord("\n")])}  # bytes read -> (logits, state)
+        self.states = {0: read(self.model, [ord("\n")])}  # bytes of text read -> (logits, state)
 
     def draft(self, text, k, distribution, generator):
-        length, before, prefix = self.words.resume(bytes(text), list(self.states))
+        length, before, prefix = self.bpe.resume(bytes(text), list(self.states))
         logits, state = self.states[length]
         self.states = {length: (logits, state)}
         if before:
@@ -335,11 +339,12 @@ class SubwordDrafter(Drafter):
             if i > 0:
                 logits, state = read(self.model, [drawn], state)
                 self.states[len(text) + len(guesses)] = logits, state
-            first, end = self.words.span(prefix)
-            p = distribution(logits[:, self.order[first:end]])  # (1, end - first)
-            drawn = self.words.order[first + torch.multinomial(p, 1, generator=generator).item()]
-            word = self.words.words[drawn]
-            revealed = self.words.reveal(p[0].double().cpu().numpy(), word, len(prefix), first)
+            first, end = self.bpe.span(prefix)
+            of_words = distribution(logits[:, self.order[first:end]])  # (1, end - first)
+            drawn = self.bpe.order[first + torch.multinomial(of_words, 1, generator=generator).item()]
+            word = self.bpe.words[drawn]
+            # byte by byte, from where the text ends; nothing if the word is the prefix itself
+            revealed = self.bpe.reveal(of_words[0].double().cpu().numpy(), word, len(prefix), first)
             q.append(torch.from_numpy(revealed))
             guesses += word[len(prefix):]
             prefix = b""
@@ -385,7 +390,7 @@ class Flags:
     temperature: float = flag(0.8, "0 takes the likeliest, 1 samples from the model as is", low=0)
     top_k: int = flag(0, "sample from the k likeliest only; 0 is all", low=0)
     top_p: float = flag(1.0, "sample from the fewest that have this together", low=1e-9, high=1)
-    seed: int = flag(1, "the same seed writes the same bytes", low=0)
+    seed: int = flag(1, "the same seed and flags write the same bytes", low=0)
     batch: int = flag(1, "texts; several are shown when all are done", low=1, high=2**16)
     raw: bool = flag(False, "the exact bytes; without it U+FFFD stands for what is not UTF-8")
     crlf: bool = flag(False, "CR LF inside the model, LF outside: for MambaByte's PG19 models")
@@ -463,7 +468,7 @@ def write(c):
     if c.draft:
         drafter = make_drafter(c, config.vocab, extra.get("flags", {}).get("data"), device, dtype)
     if "attention" in config.kinds and not c.fill:
-        kept = f"its last {config.window}" if config.window else "all"
+        kept = f"its last {config.window - 1}" if config.window else "all"
         print(f"attention keeps a cache of {kept} positions", file=sys.stderr)
     prompt = sys.stdin.buffer.read() if c.prompt == "-" else os.fsencode(c.prompt)
     ids = vocabulary.holes(os.fsencode(c.fill), c.bytes) if c.fill else vocabulary.encode(prompt)
@@ -506,7 +511,7 @@ def main(argv):
     except KeyboardInterrupt:
         return 130
     except OSError as e:  # mostly of standard input or output
-        sys.stdout = None  # which then cannot be flushed
+        sys.stdout = None  # or Python would flush it at exit, and fail again
         if isinstance(e, BrokenPipeError):  # a reader such as head that has seen enough
             return 130
         raise UserError(f"cannot read or write: {e}") from e

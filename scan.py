@@ -10,12 +10,12 @@
     5  the matrix form of Mamba-2
     6  the selective scan as GPU kernels
 
-To understand Mamba, read 1, 2, 4 and 5. Section 3 from "The S4 kernel" on and section 6 are the hard parts, and nothing
-else needs them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients.
+To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own, and section 6 is for GPUs; nothing else needs
+them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients.
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. ChunkedSelectiveScan with the two
-functions below it is 70 lines that stand alone.
+functions below it is 80 lines that stand alone.
 
-Glossary. Capitals are the papers' state-space quantities, lower-case letters are sizes of axes, words are all else.
+Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1, and h0 stands before step 0.
 
     here       shape               Mamba (2312.00752)   S4 (2111.00396)
     x          (b, l, d)           x                    u              input
@@ -78,6 +78,11 @@ def _check(function, **tensors):
     return sizes
 
 
+def _check_real(function, *tensors):
+    if any(t is not None and t.is_complex() for t in tensors):
+        raise ValueError(f"{function} is for real numbers; scan, s4 and s4d take complex ones")
+
+
 def _wide_dtype(*tensors):
     """The dtype that holds them all and is at least float32. None is skipped."""
     return functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None}, torch.float32)
@@ -106,7 +111,7 @@ def _choose(impl, auto, paths):
 
 def _takes_triton(x, n):
     """Whether impl="auto" runs section 6: Triton is here and compiles for this GPU, and it can be worth it."""
-    if triton is None or not x.is_cuda or torch.version.hip or x.is_complex():
+    if triton is None or not x.is_cuda or torch.version.hip:
         return False
     return x.shape[1] > 1 and n <= 64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
@@ -125,9 +130,9 @@ def discretize(dt, A, B, rule="mamba"):
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
 
-    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. The two are not
-    close: Bbar differs by the factor (exp(z) - 1)/z, z = dt A, which is 0.50 at Mamba's own initialization z = -1.6.
-    Nor can B make up for it, since B is shared by all channels. The simpler rule just trains as well, at less cost.
+    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs by
+    the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less where a
+    model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an empirical one.
     """
     z = dt * A
     if rule == "mamba":
@@ -136,18 +141,19 @@ def discretize(dt, A, B, rule="mamba"):
         return 1 + z, dt * B
     if rule == "bilinear":
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
-    if rule == "zoh":  # expm1 keeps the digits that exp(z) - 1 loses; the series has the value and gradient at z = 0
-        safe = torch.where(z == 0, torch.ones_like(z), z)
-        factor = torch.where(z == 0, 1 + z / 2, torch.expm1(safe) / safe)
-        return torch.exp(z), dt * factor * B
+    if rule == "zoh":  # (exp(z) - 1)/z loses digits near z = 0, and so does its gradient; its series does not
+        small = z.abs() < 1e-2
+        safe = torch.where(small, torch.ones_like(z), z)
+        series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6))))
+        return torch.exp(z), dt * torch.where(small, series, torch.expm1(safe) / safe) * B
     raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
 #
 #               combinations   depth        extra memory
-#    naive      l              l            autograd keeps every product
-#    parallel   2 l            2 log2 l     a and b again on every level of a tree
+#    naive      l              l            autograd keeps every state once more
+#    parallel   2 l            2 log2 l     a and b of all pairs, and of pairs of pairs, ..
 #    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
 #
 # (One combination is the a h + b of one step; depth counts those that must wait for each other.)
@@ -211,7 +217,8 @@ def _associative(a, b):
 class _Scan(torch.autograd.Function):
     """A scan by a function that need not be differentiable, and its gradients by the same function.
 
-    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). With g_t = dL/dh_t in total,
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be what reaches h_t as an
+    output, and g_t all that reaches it, also through h_{t+1} and later states. Then
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
     """
 
@@ -237,7 +244,8 @@ def _chunks_then_carries(a, b, h):
     """sqrt(l) chunks of sqrt(l) steps each, and fewer than sqrt(l) steps left over.
 
     x x x | x x x | x x x | x x      1. every chunk from h = 0, all chunks at once: one column after the other
-    h --->  h --->  h --->  h -->    2. the state that enters chunk k is added: one chunk after the other
+    h --->  h --->  h --->           2. the state that enters a chunk is added to it: one chunk after the other
+                            h -->    3. the steps left over, from the last state
 
     This is exact, since h is linear in the state h_in that enters: h_t = (h_t from zero) + (a_t ... a_first) h_in.
     """
@@ -275,10 +283,10 @@ SCANS = {"naive": _scan_naive, "parallel": _scan_parallel,
 # ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
 # Section 1's rules make it a recurrence (for a full matrix A: tests/dense.py). Unrolled from h = 0 that reads
 #     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar: the answer to one push, j steps later        (S4 eq. 5)
-# so a whole sequence is one convolution, by FFT in l log l operations, and needs no state at all. A layer is d such
+# so a whole sequence is one convolution, by FFT in l log l operations once K is known. A layer is d such
 # systems of n numbers each, and each has its own step size dt. Two questions are left. Which A remembers well? (HiPPO.)
 # How does one get K without l products of matrices? (S4: A is diagonal plus rank one in a complex basis. S4D leaves out
-# the rank one.) For S4D alone, go on at "S4D" below; the S4 kernel is the hardest part of this file.
+# the rank one.) For S4D alone, go on at "S4D" below.
 
 
 def dense_kernel(Abar, Bbar, C, l):
@@ -297,7 +305,7 @@ def fft_conv(x, K, D=None):
     y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing wraps around.
     """
     l = x.shape[1]
-    size = 1 << (2 * l - 2).bit_length()  # a power of two, the fastest
+    size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
     wide = x.to(_wide_dtype(x))
     with _no_autocast(x.device):  # there is no FFT in bfloat16
         product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K.to(wide.dtype), size).T
@@ -324,9 +332,9 @@ def hippo_legs(n):
 def legs_basis(age, n):
     """sqrt(2i+1) P_i(2 exp(-age) - 1), P_i the Legendre polynomials: age (...) -> (..., n).
 
-    exp(t A) B = exp(-t) legs_basis(t, n). So h is the integral of exp(-age) legs_basis(age, n) x(now - age) over all
-    ages: the coefficients of the past in an orthonormal basis. Hence x(now - age) is nearly legs_basis(age, n) @ h, and
-    the larger n, the nearer.
+    h(now) is the integral of exp(age A) B x(now - age) over all ages, and exp(age A) B = exp(-age) legs_basis(age, n).
+    So h holds the coefficients of the past in a basis that is orthonormal under the weight exp(-age), which keeps the
+    recent past best. Hence x(now - age) is nearly legs_basis(age, n) @ h, and the larger n, the nearer.
     """
     s = 2 * torch.exp(-age) - 1
     legendre = [torch.ones_like(s), s]
@@ -339,10 +347,11 @@ def legs_basis(age, n):
 def dplr_legs(n):
     """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
 
-    In floating point A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs 11
-    digits. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
+    In floating point A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs up to
+    11 digits. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
     diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
-    For even n the modes come in conjugate pairs, by ascending Im Lambda, so the first is the last one's conjugate.
+    A mode is an eigenvector with its eigenvalue. For even n they come in conjugate pairs (P, B up to a phase), by
+    ascending Im Lambda, so the first is the last one's conjugate.
     """
     A, B = hippo_legs(n)
     p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
@@ -357,50 +366,43 @@ def dplr_legs(n):
 # both modes of a pair are computed here; S4D below needs only one of them.
 
 
-def dplr_steps(dt, Lambda, P):
-    """step(h, push), the recurrence h_t = Abar h_{t-1} + Bbar x_t in O(n): push is B x_t, h and push (..., d, n).
+def dplr_discretize(dt, Lambda, P, B):
+    """times, Bbar of the bilinear rule for A = diag(Lambda) - P P^*. times(h) is Abar h in O(n): h (..., d, n).
 
-    The bilinear rule is (1 - dt/2 A) h_t = (1 + dt/2 A) h_{t-1} + dt B x_t. With 1 + dt/2 A = 2 - (1 - dt/2 A) it reads
-        h_t = 2 (1 - dt/2 A)^-1 (h_{t-1} + dt/2 B x_t) - h_{t-1}.
-    The matrix to invert is diagonal plus dt/2 P P^*, so its inverse is, too (Woodbury; S4 appendix C.2).
-    dt (d,), Lambda, P (d, n). With P.conj() for P, h -> step(h, 0) multiplies by Abar from the right.
+    dt (d,), Lambda, P, B (d, n) -> Bbar (d, n). The matrix 1 - dt/2 A is diagonal plus dt/2 P P^*, so its inverse is
+    diagonal minus rank one (Woodbury; S4 appendix C.2), and so is Abar = 2 (1 - dt/2 A)^-1 - 1:
+        (1 - dt/2 A)^-1 = diag(E) - Q R^T,    E = 1/(1 - dt/2 Lambda),    R = P^* E,    Q = E P / (2/dt + R^T P)
+    With P.conj() for P, times multiplies a row by Abar from the right.
     """
     half = dt[:, None] / 2
-    inverse = 1 / (1 - half * Lambda)  # of the diagonal
-    row = P.conj()
-    column = inverse * P / (1 / half + (row * inverse * P).sum(-1, keepdim=True))
+    E = 1 / (1 - half * Lambda)
+    R = P.conj() * E
+    Q = E * P / (1 / half + (R * P).sum(-1, keepdim=True))
+    diagonal, column = 2 * E - 1, 2 * Q
 
-    def step(h, push):
-        g = inverse * (h + half * push)
-        return 2 * (g - column * (row * g).sum(-1, keepdim=True)) - h
+    def times(h):
+        return diagonal * h - column * (R * h).sum(-1, keepdim=True)
 
-    return step
+    return times, 2 * half * (E * B - Q * (R * B).sum(-1, keepdim=True))
+
+
+def _answers(times, h, C, l):
+    """Re C Abar^j h for j < l: h (..., d, n), C (d, n) -> (..., d, l)."""
+    hs = [h]
+    for _ in range(l - 1):
+        hs.append(times(hs[-1]))
+    return (torch.stack(hs, dim=-2) * C[:, None]).sum(-1).real
 
 
 def s4_kernel(dt, Lambda, P, B, C, l):
-    """K_j = Re C Abar^j Bbar by the bilinear rule: dt (d,), Lambda, P, C (d, n), B (..., d, n) -> K (..., d, l).
+    """K_j = Re C Abar^j Bbar by the bilinear rule, in l steps of O(n): dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
-    S4 appendix C.3, without l matrices: evaluate the polynomial sum_j K_j z^j at the l-th roots of unity, and transform
-    back.
-        sum_{j < l} C Abar^j Bbar z^j = C' (1 - Abar z)^-1 Bbar,    C' = C (1 - Abar^l)        a geometric series
-                                      = 2 dt C' [2 (1 - z) - dt (1 + z) A]^-1 B                Abar, Bbar inserted
-                                      = q(C', B) - g q(C', P) q(P^*, B)                        Woodbury
-    with g = (1 + z) / (2 + (1 + z) q(P^*, P)) and q(u, v) = sum_n u_n v_n 2 dt / (2 (1 - z) - dt (1 + z) Lambda_n), a
-    Cauchy matrix times a vector. The paper divides by 1 + z, which is zero at z = -1; this form has no pole. The paper
-    learns C'. We learn C, so l may change at will, and take C Abar^l by l steps of O(n).
+    S4's own way (appendix C.3) takes no steps: from C' = C (1 - Abar^l), which it learns in the place of C, a Cauchy
+    matrix gives K at once. tests/dense.py has it; the two agree to 1e-12. We learn C, so that l may change at will, and
+    C Abar^l would take as many steps as K does. K is made once for all sequences of a batch.
     """
-    C_power = C
-    step = dplr_steps(dt, Lambda, P.conj())
-    for _ in range(l):
-        C_power = step(C_power, 0)
-    C = C - C_power
-    z = torch.exp(-2j * math.pi / l * torch.arange(l, dtype=dt.dtype, device=dt.device))
-    dt = dt[:, None, None]
-    cauchy = 2 * dt / (2 * (1 - z)[:, None] - dt * (1 + z)[:, None] * Lambda[:, None])  # (d, l, n)
-    CP, PP = (cauchy @ torch.stack([C * P, P.conj() * P], dim=-1)).unbind(-1)  # q at every z, (d, l)
-    CB, PB = (cauchy @ torch.stack([C * B, P.conj() * B], dim=-1)).unbind(-1)
-    g = (1 + z) / (2 + (1 + z) * PP)
-    return torch.fft.ifft(CB - g * CP * PB).real
+    times, Bbar = dplr_discretize(dt, Lambda, P, B)
+    return _answers(times, Bbar, C, l)
 
 
 def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
@@ -408,34 +410,33 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
 
     x (b, l, d), dt (d,); Lambda, P, B, C (d, n) complex; D (d,); h0 (b, d, n) complex, zero if None
     -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. impl: recurrence, convolution;
-    auto is a recurrence for l = 1 only. The convolution still takes upto steps to find h: upto = 0 saves them.
-    In the convolution h0 acts like one more input before the first: B' = h0/dt + A h0/2 has Bbar' = Abar h0.
+    auto is a recurrence for l = 1 only. The convolution takes upto further steps to find h: upto = 0 saves them.
     """
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
     l = x.shape[1]
     wide = x.to(dt.dtype)
-    step = dplr_steps(dt, Lambda, P)
+    times, Bbar = dplr_discretize(dt, Lambda, P, B)
     h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
     if _is_recurrence(impl, l):
         hs = [h]
         for x_t in wide.unbind(1):
-            hs.append(step(hs[-1], B * x_t[..., None]))
+            hs.append(times(hs[-1]) + Bbar * x_t[..., None])
         y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
         return _skip(y, wide, D).to(x.dtype), hs[l if upto is None else upto]
-    y = fft_conv(wide, s4_kernel(dt, Lambda, P, B, C, l), D)
+    y = fft_conv(wide, _answers(times, Bbar, C, l), D)
     if h0 is not None:
-        A_h0 = Lambda * h0 - P * (P.conj() * h0).sum(-1, keepdim=True)
-        y = y + s4_kernel(dt, Lambda, P, h0 / dt[:, None] + A_h0 / 2, C, l).mT
+        y = y + _answers(times, times(h0), C, l).mT
     for x_t in wide[:, :upto].unbind(1):
-        h = step(h, B * x_t[..., None])
+        h = times(h) + Bbar * x_t[..., None]
     return y.to(x.dtype), h
 
 
 def _is_recurrence(impl, l):
     """Whether s4 or s4d steps through l inputs."""
-    paths = {"recurrence": True, "convolution": False}
-    return _choose(impl, "recurrence" if l == 1 else "convolution", paths)
+    if impl not in ("recurrence", "convolution", "auto"):
+        raise ValueError(f'impl "{impl}" is not one of recurrence, convolution, auto')
+    return impl == "recurrence" or impl == "auto" and l == 1
 
 
 def _skip(y, x, D):
@@ -452,7 +453,7 @@ def s4d_init(rule, n):
     lin   -1/2 + i pi j                             frequencies one after the other
     inv   -1/2 + i n/pi (n/(2j+1) - 1)              as LegS has them when n is large: few high ones, many low ones
     legs  Lambda and B of dplr_legs                 LegS without its rank one
-    real  -(j+1)                                    no swing, only decay, hence no conjugates; Mamba's
+    real  -(j+1)                                    no swing, only decay, hence no conjugates: not to be doubled
     """
     if n % 2:
         raise ValueError(f"a system of size {n} has no conjugate pairs; n must be even")
@@ -493,30 +494,31 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     wide = x.to(dt.dtype)
     z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
+    before = torch.zeros_like(wide[:, 0, :, None] * C) if h0 is None else h0
     if _is_recurrence(impl, l):
-        h = scan(Abar[None, None], Bbar * wide[..., None], h0, "naive")  # (b, l, d, n)
+        h = scan(Abar[None, None], Bbar * wide[..., None], before, "naive")  # (b, l, d, n)
         y = _skip((C * h).sum(-1).real, wide, D)
-        return y.to(x.dtype), h[:, end - 1] if end else h0
-    y = fft_conv(wide, _vandermonde_times(_vandermonde(z, l), C * Bbar)[..., :l], D)
+        return y.to(x.dtype), h[:, end - 1] if end else before
+    powers = _vandermonde(z, l)
+    y = fft_conv(wide, _vandermonde_times(powers, C * Bbar)[..., :l], D)
     if h0 is not None:
-        y = y + _vandermonde_times(_vandermonde(z, l), C * Abar * h0)[..., :l].mT
+        y = y + _vandermonde_times(powers, C * Abar * h0)[..., :l].mT
     if end == 0:
-        return y.to(x.dtype), h0
-    h = Bbar * _vandermonde_transposed(_vandermonde(z, end), wide[:, :end])
-    if h0 is not None:
-        h = h + torch.exp(end * z) * h0
+        return y.to(x.dtype), before
+    h = torch.exp(end * z) * before + Bbar * _inputs_in_state(_vandermonde(z, end), wide[:, :end])
     return y.to(x.dtype), h
 
 
 def _vandermonde(z, l):
     """exp(j z) for j < l in two factors, j = r + size m: exp(r z) (d, n, size), exp(size m z) (d, n, count).
 
-    size and count are about sqrt(l). Written out, exp(j z) are n l d numbers; so they are never written out.
+    size and count are about sqrt(l): for l = 6, exp(4 z) = exp(1 z) exp(3 z). Written out, exp(j z) are n l d numbers,
+    so they are never written out.
     """
     size = math.isqrt(l - 1) + 1
     count = math.ceil(l / size)
-    r = torch.arange(size, dtype=z.real.dtype, device=z.device)
-    return torch.exp(z[..., None] * r), torch.exp(z[..., None] * size * r[:count])
+    r, m = (torch.arange(k, dtype=z.real.dtype, device=z.device) for k in (size, count))
+    return torch.exp(z[..., None] * r), torch.exp(z[..., None] * size * m)
 
 
 def _vandermonde_times(powers, w):
@@ -532,7 +534,7 @@ def _vandermonde_times(powers, w):
         return (left.mT @ right).flatten(-2)
 
 
-def _vandermonde_transposed(powers, x):
+def _inputs_in_state(powers, x):
     """sum_j exp(j z) x_{l-1-j}, what the inputs leave in the state: x (b, l, d), real -> (b, d, n)."""
     fine, coarse = powers
     size, count = fine.shape[2], coarse.shape[2]
@@ -562,6 +564,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
+    _check_real("selective_scan", x, dt, A, B, C, D, h0)
     if impl == "triton" or impl == "auto" and _takes_triton(x, sizes["n"]):
         return _selective_triton(x, dt, A, B, C, D, h0)
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
@@ -595,13 +598,13 @@ class ChunkedSelectiveScan(torch.autograd.Function):
 
     apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. This class and
     the two functions below it stand alone. Forward keeps the state before every chunk and forgets the rest; backward
-    computes a chunk's states again and walks it in reverse. With g_t = dL/dh_t in total (section 2):
+    computes a chunk's states again and walks it in reverse. With g_t as in section 2:
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
         (4) w_t = dL/d(dt_t A) = g_t a_t h_{t-1},   dA = sum_{b,t} w_t dt_t,   ddt_t = sum_n w_t A + x_t du_t
-    Here channels lie last, (b, t, n, d): a step is one multiply-add in place over whole rows, and sums over n or d are
-    products of matrices. On two cores the floor is the exponential, once in each direction.
+    Here channels lie last, (b, t, n, d): a step is one multiply-add in place over whole rows, and most sums over n or d
+    are products of matrices.
     """
 
     @staticmethod
@@ -657,7 +660,7 @@ class ChunkedSelectiveScan(torch.autograd.Function):
 
 
 def _chunk_slices(b, l, state):
-    """Slices of the length axis: 16 to 64 steps, as many as keep a buffer of states near 2 MB."""
+    """Slices of the length axis: 16 to 64 steps, few enough to keep a buffer of states near 2 MB where they can."""
     size = 2**19 // max(1, b * state)
     size = min(l, max(16, min(64, size)))
     return [slice(i, min(i + size, l)) for i in range(0, l, size)]
@@ -669,7 +672,8 @@ def _chunk_states(dt, A, u, B, h, buffers):
     a = torch.mul(dt[:, :, None], A, out=buffers[0, :, :steps]).exp_()
     hs = torch.mul(u[:, :, None], B[..., None], out=buffers[1, :, :steps])
     for a_t, h_t in zip(a.unbind(1), hs.unbind(1)):
-        h = h_t.addcmul_(a_t, h)
+        h_t.addcmul_(a_t, h)  # h_t held u_t B_t
+        h = h_t
     return a, hs
 
 
@@ -681,21 +685,21 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #
 # Unroll h_t = a_t h_{t-1} + u_t B_t^T, with u_t = dt_t x_t and a number a_t = exp(dt_t A), read it out by C_t, and
 # attention appears:
-#     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(c_i - c_j),   c = cumsum(dt A)
+#     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(dt_i A + ... + dt_{j+1} A)
 # with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
 # and chunks of 2, the matrix L * (C B^T) that maps u to y is
 #
-#     [ x          ]    on the diagonal, attention inside a chunk: _attend
-#     [ x x        ]
-#     [ o o x      ]    below it, every block has low rank n: u goes into the state at its chunk's end (_last_state),
-#     [ o o x x    ]    the states are carried from chunk to chunk (section 2's scan), C reads them out (_attend)
+#     [ x          ]    On the diagonal stands attention inside a chunk. Below it every block has low rank n:
+#     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
+#     [ o o x      ]    2. states are carried from chunk to chunk (section 2's scan),
+#     [ o o x x    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
 #     [ o o o o x  ]
 #     [ o o o o x x]
 #
 #                work per head          memory beside the inputs      what it is
 #    naive       2 l n p                autograd keeps every state    the recurrence
 #    quadratic   l^2 (n + p)            l^2 per head                  masked attention
-#    chunked     l (q (n + p) + 2 n p)  l q per head                  attention in chunks of q, a scan between them
+#    chunked     l (q (n + p) + 2 n p)  some l (q + n p / q)          attention in chunks of q, a scan between them
 #
 # The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
 # linear attention (call scan), a matrix a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
@@ -707,10 +711,11 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
     x (b, l, nh, p), dt (b, l, nh) positive, A (nh,) negative, B, C (b, l, g, n): head i reads group i // (nh // g),
     D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
     Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, or auto, which is chunked (naive
-    for one step). quadratic in float32 is good for some hundred steps: 6e-5 at l = 4,096, where chunked has 3e-6.
+    for one step).
     """
     sizes = _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"),
                    B=(B, "b l g n"), C=(C, "b l g n"), D=(D, "nh"), h0=(h0, "b nh p n"))
+    _check_real("ssd", x, dt, A, B, C, D, h0)
     if sizes["g"] == 0 or sizes["nh"] % sizes["g"]:
         raise ValueError(f"ssd: {sizes['nh']} heads do not divide into {sizes['g']} groups")
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
@@ -746,18 +751,19 @@ def _ssd_quadratic(u, log_a, B, C, h0):
 
 
 def _ssd_chunked(u, log_a, B, C, h0, size=32):
-    """The three steps of the picture; a last chunk that is shorter goes by itself."""
+    """The three steps above; a last chunk that is shorter goes by itself."""
     b, l = u.shape[:2]
     if l <= size:
         return _ssd_quadratic(u, log_a, B, C, h0)
     whole = l // size * size
     chunks = [t[:, :whole].unflatten(1, (-1, size)) for t in (u, log_a, B, C)]
-    parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, size, ...)
-    ends = _last_state(*parts, 0).unflatten(0, (b, -1))  # (b, chunks, nh, p, n), each chunk from zero
-    decays = parts[1].sum(-1).exp().unflatten(0, (b, -1))[..., None, None]
-    h = scan(decays, ends, h0, "naive")
+    parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
+    ends = _last_state(*parts, 0).unflatten(0, (b, -1))  # 1: (b, chunks, nh, p, n), from zero
+    decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
+    h = scan(decays, ends, h0, "naive")  # 2
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
-    y = _attend(*parts, starts).transpose(1, 2).unflatten(0, (b, -1)).flatten(1, 2)
+    y = _attend(*parts, starts).transpose(1, 2)  # 3
+    y = y.unflatten(0, (b, -1)).flatten(1, 2)
     if whole == l:
         return y, h[:, -1].clone()  # a view would keep the states of all chunks
     tail = [t[:, whole:] for t in (u, log_a, B, C)]
@@ -773,8 +779,11 @@ def _heads_first(u, log_a, B, C):
 def _decays(log_a):
     """L (..., l, l), L_ij = exp(log_a_{j+1} + ... + log_a_i) for j <= i, else 0: log_a (..., l).
 
-    The sums run over k in a matrix with log_a_k at (k, j) where k > j. A difference of two long sums, c_i - c_j, would
-    be shorter and lose digits: in float32, 0.3 % of a decay after a sum of 40,000.
+    For l = 3 and log_a = (r, s, t):    0 0 0                 0   0 0          1        0     0
+                                        s 0 0   down cumsum   s   0 0   exp    e^s      1     0
+                                        t t 0                 s+t t 0          e^(s+t)  e^t   1
+    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits: in float32, 0.3 % of a decay
+    after a sum of 40,000.
     """
     l = log_a.shape[-1]
     steps = log_a[..., None].expand(*log_a.shape, l).tril(-1)
@@ -782,7 +791,7 @@ def _decays(log_a):
 
 
 def _attend(u, log_a, B, C, h0):
-    """y_i = a_i ... a_1 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
+    """y_i = a_i ... a_0 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     heads = u.shape[1]
     scores = _decays(log_a) * _per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
     from_h0 = _per_head(C, heads, 1) @ h0.mT  # (b, nh, l, p)
@@ -790,7 +799,7 @@ def _attend(u, log_a, B, C, h0):
 
 
 def _last_state(u, log_a, B, C, h0):
-    """h_last = a_l ... a_1 h0 + sum_j a_l ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
+    """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))
     to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
     from_h0 = log_a.sum(-1)[..., None, None].exp() * h0
@@ -804,7 +813,7 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 #
 # If you only want to understand Mamba, stop here: this section computes nothing new. It improves on section 4 in memory
 # traffic. A GPU computes far faster than its memory delivers, and section 4 moves b l d n states. Here x, dt, B and C
-# come in, y goes out, and of the states only every 16th leaves the chip, which backward needs.
+# come in, y goes out, and forward lets only every 16th state leave the chip, which backward needs.
 #
 # A kernel is a function that many programs run at once, each with a program_id of its own. A program here is one warp,
 # 32 threads in step, which takes one sequence and a tile of DIM channels and loops over t as the naive path does.
@@ -829,7 +838,8 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # writes each state into a scratch of 16 tiles, and walks back through it.
 #
 # Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order: there are no atomics,
-# so two runs give the same bits. The parts have n^2/256 times as many numbers as x, hence the limit to n = 64.
+# so two runs give the same bits. The parts have n^2/256 times as many numbers as x (n a power of two), hence the limit
+# to n = 64.
 
 CHUNK = 16  # steps between the states that are kept
 TILE = 512  # numbers of a tile, 16 per thread
@@ -887,7 +897,7 @@ def _walk(x, dt, A, B, C, D, enter, y, starts, last, l,
             chunk = sequence * tl.cdiv(l, CHUNK) + i // CHUNK
             tl.store(starts + chunk * n * d + tile, h, mask=mask)
         if BACK:
-            h = a * (h + B_t * x_t)
+            h = a * (h + B_t * x_t)  # q_t = a_t (q_{t+1} + C_t dy_t)
         else:
             h = a * h + B_t * (dt_t * x_t)
         if FULL:
@@ -963,9 +973,9 @@ def _constants(d, n):
     return {"d": d, "n": n, "N": N, "DIM": DIM, "CHUNK": CHUNK}, math.ceil(d / DIM)
 
 
-def _launch(kernel, x, A, *args, **flags):
+def _launch(kernel, n, x, *args, **flags):
     """Starts a program, one warp, for every sequence of x (b, l, d) and every tile."""
-    constants, tiles = _constants(x.shape[2], len(A))
+    constants, tiles = _constants(x.shape[2], n)
     if len(x):
         with torch.cuda.device_of(x):
             kernel[len(x), tiles](x, *args, x.shape[1], num_warps=1, enable_fp_fusion=True,
@@ -973,7 +983,8 @@ def _launch(kernel, x, A, *args, **flags):
 
 
 def _pieces(b, l, d, n, device):
-    """The number of pieces of a sequence: halves while a multiprocessor has fewer than 2 programs and l is even."""
+    """The number of pieces of a sequence: doubled while a multiprocessor has fewer than 2 programs and pieces of half
+    the length are whole chunks."""
     fill = 0
     if device.type == "cuda":
         fill = 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -993,7 +1004,7 @@ def _entering(x, dt, A, B, h0, pieces, back):
     if pieces == 1:
         return h0
     ends = A.new_zeros(len(x), *A.shape)  # zero enters, and a piece's last state replaces it
-    _launch(_walk, x, A, dt, A, B, None, None, ends, None, None, ends, FULL=False, BACK=back)
+    _launch(_walk, len(A), x, dt, A, B, None, None, ends, None, None, ends, FULL=False, BACK=back)
     decay = torch.exp2(dt.sum(1, dtype=A.dtype)[:, None] * A).unflatten(0, (-1, pieces))
     ends = ends.unflatten(0, (-1, pieces))  # (b, pieces, n, d)
     if back:
@@ -1018,7 +1029,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     enter = _entering(x, dt, A, B, h0, pieces, back=False)
     y, last = torch.empty_like(x), torch.empty_like(enter)
     starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)
-    _launch(_walk, x, A, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
+    _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
     return y.view(b, l, d), last[pieces - 1::pieces].clone(), starts
 
 
@@ -1035,7 +1046,7 @@ def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     dx, ddt, dA, dh0 = (torch.empty_like(t) for t in (x, dt, enter, enter))
     dB, dC = (A.new_empty(tiles, *t.shape) for t in (B, C))
     dD = A.new_empty(b * pieces, d)
-    _launch(_walk_back, x, A, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, dC, dD, dh0)
+    _launch(_walk_back, len(A), x, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, dC, dD, dh0)
     dB = dB.sum(0).to(B.dtype).view(b, l, len(A))
     dC = dC.sum(0).to(C.dtype).view(b, l, len(A))
     return dx.view(b, l, d), ddt.view(b, l, d), dA.sum(0), dB, dC, dD.sum(0), dh0[::pieces].clone()
@@ -1076,8 +1087,6 @@ def _selective_triton(x, dt, A, B, C, D, h0):
     why = None
     if triton is None:
         why = f"Triton does not import ({no_triton})"
-    elif any(t.is_complex() for t in inputs):
-        why = "its kernels are for real numbers"
     elif not 1 <= n <= 64:
         why = f"its kernels take 1 to 64 states per channel, not {n}"
     elif not x.is_cuda and isinstance(_walk, triton.JITFunction):

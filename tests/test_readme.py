@@ -1,9 +1,11 @@
-"""The README is executed: its commands run, and what it names exists."""
+"""README.md is executed: its commands and its Python run, and what it and tests/README.md name exists."""
 import dataclasses
+import io
 import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BOTH = README + (ROOT / "tests" / "README.md").read_text()
 FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags, "distill.py": distill.Flags}
 
 
@@ -26,16 +29,33 @@ def commands(script):
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
-    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local"}  # the last is hf's --local-dir
-    assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", README)} <= known
+    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run"}  # --local: hf's --local-dir
+    assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", BOTH)} <= known
 
 
 def test_every_file_and_test_in_the_readme_exists():
-    names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", README))
-    for name in names - {"input.txt", "me.txt", "vocab.txt"}:
+    names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", BOTH))
+    for name in names - {"input.txt", "me.txt", "vocab.txt", "config.json", "before.json"}:
         assert (ROOT / name).exists(), name
-    for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", README)):
+    for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", BOTH)):
         assert f"def {test}(" in (ROOT / file).read_text(), test
+
+
+def test_every_function_that_the_readme_names_stands_in_its_file():
+    """The table of where to begin a change: `name` in `file.py`."""
+    pairs = re.findall(r"((?:`\w+`(?:, | and )?)+) in `([\w/]+\.py)`", README)
+    assert len(pairs) >= 5
+    for names, file in pairs:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def |class |){name}\b", (ROOT / file).read_text(), re.M), (name, file)
+
+
+def test_the_front_page_is_short_and_its_python_runs():
+    assert len(README.splitlines()) <= 200
+    block, = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    names = {}
+    exec(block, names)  # as pasted
+    assert names["y"].shape == names["x"].shape and names["more"].shape == (1, 40, 256)
 
 
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
@@ -62,7 +82,7 @@ def test_training_commands_run(args, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args", commands("sample.py"), ids=" ".join)
-def test_sampling_commands_run(args, tmp_path, capsysbinary):
+def test_sampling_commands_run(args, tmp_path, monkeypatch, capsysbinary):
     text = tmp_path / "me.txt"
     text.write_bytes(b"to be or not to be " * 20)
     given = sample.parse(sample.Flags, args, "")[1]
@@ -70,7 +90,7 @@ def test_sampling_commands_run(args, tmp_path, capsysbinary):
                        "--objective", "mask" if "fill" in given else "next",
                        "--n_layer", "1", "--seq_len", "8", "--batch_size", "2", "--device", "cpu"]) == 0
     cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu"]
-    cut += ["--prompt_file", str(text)] if "prompt_file" in given else []
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"to be")))
     cut += ["--draft", str(tmp_path / "run")] if given.get("draft", "ngram") != "ngram" else []
     assert sample.main([a for a in args if a != "--compile"] + cut) == 0
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from dense import discretize_dense
-from scan import (dense_kernel, discretize, dplr_legs, dplr_steps, fft_conv, hippo_legs,
+from dense import cauchy_kernel, discretize_dense
+from scan import (dense_kernel, discretize, dplr_legs, dplr_discretize, fft_conv, hippo_legs,
                   legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
 
 F64, C128 = torch.float64, torch.complex128
@@ -161,8 +161,9 @@ def test_the_low_rank_step_is_the_dense_step():
     """O(n) instead of O(n^2), the same Abar and Bbar (S4, appendix C.2)."""
     (dt, Lambda, P, B, _), _ = legs_layer(8, [0.01, 0.1, 1.0])
     V, h, x = dplr_legs(8)[3], torch.randn(2, 3, 8, dtype=C128), torch.randn(2, 3, dtype=F64)
-    got = dplr_steps(dt, Lambda, P)(h, B * x[..., None])
-    from_the_right = dplr_steps(dt, Lambda, P.conj())(h, 0)
+    times, Bbar = dplr_discretize(dt, Lambda, P, B)
+    got = times(h) + Bbar * x[..., None]
+    from_the_right = dplr_discretize(dt, Lambda, P.conj(), B)[0](h)
     for i, step in enumerate(dt.tolist()):
         Abar, Bbar = (t.to(C128) for t in discretize_dense(step, *hippo_legs(8), "bilinear"))
         close(got[:, i], h[:, i] @ (V.mH @ Abar @ V).T + x[:, i, None] * (V.mH @ Bbar))
@@ -200,6 +201,7 @@ def test_s4_kernel_is_the_definition(n, l):
     """Against C Abar^j Bbar of the dense matrices, for any length, odd ones too."""
     arguments, C = legs_layer(n, [0.001, 0.03, 0.1])
     K = s4_kernel(*arguments, l)
+    close(cauchy_kernel(*arguments, l), K, 1e-12)  # S4's own algorithm
     for i, dt in enumerate(arguments[0].tolist()):
         want = dense_kernel(*discretize_dense(dt, *hippo_legs(n), "bilinear"), C[i], l)
         close(K[i], want, 1e-12)

@@ -328,7 +328,7 @@ def test_what_is_compiled_before_writing_is_all_that_is(kind, monkeypatch):
 
 def test_attention_says_what_it_keeps(runs, capsys):
     sample.main(["--ckpt", str(runs / "attention"), "--bytes", "1", "--device", "cpu"])
-    assert "cache of its last 7 positions" in capsys.readouterr().err
+    assert "cache of its last 6 positions" in capsys.readouterr().err
     sample.main(["--ckpt", str(runs / "mamba2"), "--bytes", "1", "--device", "cpu"])
     assert "cache" not in capsys.readouterr().err
 

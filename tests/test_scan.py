@@ -228,3 +228,22 @@ def test_selective_scan_names_the_misshapen_input():
     x, dt, A, B, C, D, h0 = inputs(7)
     with pytest.raises(ValueError, match=r"B has shape \(2, 6, 5\), expected \(b = 2, l = 7, n = 5\)"):
         selective_scan(x, dt, A, B[:, :6], C)
+
+
+def test_complex_numbers_are_refused_where_gradients_are_real():
+    x, dt, A, B, C, D, h0 = inputs(7)
+    for tensors in ((x, dt, A + 2j, B, C), (x, dt, A, B, C, D, h0 + 0j)):
+        for impl in ("auto", *SELECTIVE_SCANS):
+            with pytest.raises(ValueError, match="is for real numbers; scan, s4 and s4d take complex ones"):
+                selective_scan(*tensors, impl=impl)
+
+
+def test_zoh_is_exact_near_zero():
+    """Where exp(z) - 1 and its derivative lose their digits: the series and its limits, on both sides of its bound."""
+    z = torch.tensor([0.0, 1e-8, -1e-6, 1e-3, -0.0099, 0.0101, -0.5], dtype=F64, requires_grad=True)
+    one = torch.ones_like(z)
+    factor = discretize(one, z, one, "zoh")[1]
+    slope, = torch.autograd.grad(factor.sum(), z)
+    want = sum(z.detach() ** k / math.factorial(k + 1) for k in range(20))
+    close(factor.detach(), want, 1e-13)
+    close(slope, sum(k * z.detach() ** max(k - 1, 0) / math.factorial(k + 1) for k in range(1, 20)), 1e-10)
