@@ -16,8 +16,8 @@ sides of every position and have no state.
                              +- dt ------------------------^         |
                              +- z -------------------------- silu ---+
 
-To add a mixer, write a class like the ones below (its __init__ takes the Config; its last map is called out_proj; `slow`
-names parameters that learn slowly; tensors that are no parameters are made in forward) and add it to MIXERS.
+To add a mixer, write a class like the ones below and add it to MIXERS: its __init__ takes the Config, its last map is
+called out_proj, `slow` names parameters that learn slowly, and tensors that are no parameters are made in forward.
 """
 import dataclasses
 import math
@@ -118,17 +118,6 @@ def require_one_of(name, value, known):
 
 def make_norm(c):
     return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
-
-
-def scan_upto(scan, sequences, state, upto):
-    """y and state of scan(*sequences, state), sequences (b, l, ...). With upto the state after the first upto steps, by
-    a second scan of these few."""
-    y, after = scan(*sequences, state)
-    if upto is None:
-        return y, after
-    if upto == 0:
-        return y, state
-    return y, scan(*(t[:, :upto] for t in sequences), state)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +253,6 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(init_dt_bias(d))
 
-    def scan(self, x, dt, B, C, h):
-        return selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, h)
-
     def forward(self, x, state=None, upto=None):
         n = self.A_log.shape[1]
         tail, h = (None, None) if state is None else state
@@ -275,7 +261,8 @@ class Mamba(nn.Module):
         x = F.silu(x)
         dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # under autocast this sum stays float32
-        y, h = scan_upto(self.scan, [x, F.softplus(dt), B, C], h, upto)
+        A = -torch.exp(self.A_log)
+        y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, upto=upto)
         return self.out_proj(y * F.silu(z)), MambaState(tail, h)
 
 
@@ -302,9 +289,6 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
 
-    def scan(self, x, dt, B, C, h):
-        return ssd(x, dt, -torch.exp(self.A_log), B, C, self.D, h)
-
     def forward(self, x, state=None, upto=None):
         tail, h = (None, None) if state is None else state
         z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)
@@ -314,7 +298,8 @@ class Mamba2(nn.Module):
         B = B.unflatten(-1, (self.groups, -1))  # (b, l, g, n)
         C = C.unflatten(-1, (self.groups, -1))
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        y, h = scan_upto(self.scan, [x, dt, B, C], h, upto)
+        A = -torch.exp(self.A_log)
+        y, h = ssd(x, dt, A, B, C, self.D, h, upto=upto)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2) * self.norm.weight
         return self.out_proj(y), MambaState(tail, h)
@@ -501,8 +486,8 @@ class LM(nn.Module):
 #    s4d          BiGS                                        a transformer, its attention replaced
 #    attention    a gate instead of the two-layer network     a transformer
 #
-# At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer, not
-# counting biases and the SSMs' few numbers. Names of weights (du, duc, dv, dol, do, fs4, bs4) are those of the released checkpoint.
+# At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer,
+# not counting biases and the SSMs' few numbers. The names du, duc, dv, dol, do, fs4, bs4 are the released checkpoint's.
 
 
 class SharedS4D(nn.Module):

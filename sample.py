@@ -202,8 +202,8 @@ def exact(p, q, onehot):
 
     Proof that the token has the distribution p if the guess was drawn from q, whatever p and q are: acceptance yields
     min(p, q), and refusal (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing is
-    accepted and p is left, so the last row needs no rule of its own. With q = onehot, for guesses that were not drawn, a guess
-    passes with its p, else the token is drawn from p without it.
+    accepted and p is left, so the last row needs no rule of its own. With q = onehot, for guesses that were not drawn,
+    a guess passes with its p, else the token is drawn from p without it.
 
     Branchless: arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes, and these have
     no `where` in common. So x + (x == 0) divides by 1 where x is 0.

@@ -130,9 +130,9 @@ def discretize(dt, A, B, rule="mamba"):
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
 
-    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs by
-    the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less where a
-    model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an empirical one.
+    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs
+    by the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
+    where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is empirical.
     """
     z = dt * A
     if rule == "mamba":
@@ -554,17 +554,24 @@ def _inputs_in_state(powers, x):
 # the states at once.
 
 
-def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
-    x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h_last (b, d, n).
-    dt is positive already; softplus is the caller's. y has x's dtype; h_last is float32, or float64 for float64 inputs.
-    Gradients reach every input, also through h_last. impl: naive, parallel, chunked, triton (section 6), or auto: naive
+    x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
+    first upto steps, by default all; upto costs a second scan of these. dt is positive already; softplus is the
+    caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach every input, also through h.
+    impl: naive, parallel, chunked, triton (section 6), or auto: naive
     for one step, else triton on a CUDA GPU up to n = 64, else chunked.
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
     _check_real("selective_scan", x, dt, A, B, C, D, h0)
+    if upto is not None and upto < sizes["l"]:
+        y, _ = selective_scan(x, dt, A, B, C, D, h0, impl)
+        if upto == 0:
+            return y, h0
+        x, dt, B, C = (t[:, :upto] for t in (x, dt, B, C))
+        return y, selective_scan(x, dt, A, B, C, None, h0, impl)[1]
     if impl == "triton" or impl == "auto" and _takes_triton(x, sizes["n"]):
         return _selective_triton(x, dt, A, B, C, D, h0)
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
@@ -705,13 +712,13 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 # linear attention (call scan), a matrix a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
 
 
-def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
+def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (Mamba-2, sections 5 and 6)
 
     x (b, l, nh, p), dt (b, l, nh) positive, A (nh,) negative, B, C (b, l, g, n): head i reads group i // (nh // g),
-    D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h_last (b, nh, p, n) float32 or float64.
-    Gradients reach every input, also through h_last. impl: naive, quadratic, chunked, or auto, which is chunked (naive
-    for one step).
+    D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h (b, nh, p, n), float32 or float64, after
+    the first upto steps, by default all. Gradients reach every input, also through h. impl: naive, quadratic, chunked,
+    or auto, which is chunked (naive for one step).
     """
     sizes = _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"),
                    B=(B, "b l g n"), C=(C, "b l g n"), D=(D, "nh"), h0=(h0, "b nh p n"))
@@ -723,19 +730,21 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto"):
         h0 = wide.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(x.device):
-        y, h = path(dt[..., None] * wide, dt * A, B, C, h0)
+        y, h = path(dt[..., None] * wide, dt * A, B, C, h0, upto)
         return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
 
 
-def _ssd_naive(u, log_a, B, C, h):
+def _ssd_naive(u, log_a, B, C, h0, upto=None):
     """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
     B = _per_head(B, u.shape[2], 2)
     C = _per_head(C, u.shape[2], 2)
     ys = []
+    hs = [h0]
     for u_t, a_t, B_t, C_t in zip(u.unbind(1), log_a.exp().unbind(1), B.unbind(1), C.unbind(1)):
-        h = a_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]
+        h = a_t[..., None, None] * hs[-1] + u_t[..., None] * B_t[:, :, None]
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
-    return torch.stack(ys, dim=1), h
+        hs.append(h)
+    return torch.stack(ys, dim=1), hs[-1 if upto is None else upto]
 
 
 def _per_head(t, heads, dim):
@@ -744,17 +753,21 @@ def _per_head(t, heads, dim):
     return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
 
 
-def _ssd_quadratic(u, log_a, B, C, h0):
+def _ssd_quadratic(u, log_a, B, C, h0, upto=None):
     """Masked attention over the whole length."""
     parts = _heads_first(u, log_a, B, C)
-    return _attend(*parts, h0).transpose(1, 2), _last_state(*parts, h0)
+    y = _attend(*parts, h0).transpose(1, 2)
+    return y, _last_state(*(t[:, :, :upto] for t in parts), h0)
 
 
-def _ssd_chunked(u, log_a, B, C, h0, size=32):
+def _ssd_chunked(u, log_a, B, C, h0, upto=None, size=32):
     """The three steps above; a last chunk that is shorter goes by itself."""
     b, l = u.shape[:2]
     if l <= size:
-        return _ssd_quadratic(u, log_a, B, C, h0)
+        return _ssd_quadratic(u, log_a, B, C, h0, upto)
+    if upto is not None and upto < l:
+        first = [t[:, :upto] for t in (u, log_a, B, C)]
+        return _ssd_chunked(u, log_a, B, C, h0)[0], _last_state(*_heads_first(*first), h0)
     whole = l // size * size
     chunks = [t[:, :whole].unflatten(1, (-1, size)) for t in (u, log_a, B, C)]
     parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
@@ -837,9 +850,8 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # takes the chunks of 16 steps, the last one first: from the state that forward kept it walks forward through the chunk,
 # writes each state into a scratch of 16 tiles, and walks back through it.
 #
-# Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order: there are no atomics,
-# so two runs give the same bits. The parts have n^2/256 times as many numbers as x (n a power of two), hence the limit
-# to n = 64.
+# Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order. There are no atomics,
+# so two runs give the same bits. The parts have n^2/256 times as many numbers as x, for n a power of two: hence n <= 64.
 
 CHUNK = 16  # steps between the states that are kept
 TILE = 512  # numbers of a tile, 16 per thread
