@@ -9,5 +9,5 @@ ngrams.py       counts of what follows the last bytes in a corpus, without a mod
 tensors.py      files of weights, safetensors and torch -> {name: tensor}, and back
 checkpoints.py  published weights: their names and settings -> ours, and back, by tables
 files.py        the error that is one line for the user; files that are written whole
-cache/          corpora that were built or downloaded; ignored by git, safe to delete at any time
+cache/          corpora that were downloaded; ignored by git, safe to delete at any time
 """

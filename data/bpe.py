@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from data.files import UserError
+from data.files import require
 
 # every byte is in one piece, of at most 25
 PIECE = re.compile(rb" ?[\w\x80-\xff]{1,24}| ?[^\s\w\x80-\xff]{1,24}|\s{1,24}")
@@ -23,8 +23,7 @@ def learn_merges(data, count):
 
     Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
     """
-    if not 1 <= count <= 2**16 - 256:
-        raise UserError(f"--bpe {count} is not from 1 to {2**16 - 256:,}")
+    require(1 <= count <= 2**16 - 256, f"--bpe {count} is not from 1 to {2**16 - 256:,}")
     found = Counter(PIECE.findall(bytes(data)))
     pieces = [list(piece) for piece in found]
     weights = list(found.values())
@@ -37,9 +36,8 @@ def learn_merges(data, count):
     merges = []
     for word in tqdm(range(256, 256 + count), desc="byte pairs", leave=False, disable=None):
         pair = max(pairs, key=pairs.get, default=None)  # the first one in a tie
-        if pair is None or pairs[pair] < 2:
-            raise UserError(f"--bpe {count}: after {len(merges)} merges no pair of words occurs "
-                            "twice; lower it or choose a larger --data")
+        require(pairs[pair] > 1, f"--bpe {count}: after {len(merges)} merges no pair of words "
+                                 "occurs twice; lower it or choose a larger --data")
         merges.append(pair)
         for i in holders.pop(pair):
             merged = merge(pieces[i], pair, word)
@@ -108,8 +106,8 @@ class BPE:
     def resume(self, text, lengths):
         """Where to encode a text anew of which some beginnings, of these lengths, have been read already.
 
-        Returns the longest of them at which a piece of the text begins, where the words are those that the whole text
-        has; the words from there to the last, without it; and the last one's bytes. lengths[0] must be such a place.
+        Returns the longest of them at which a piece of the text begins (lengths[0] must be such a place), the words
+        from there to the last, without it, and the last one's bytes.
         """
         begins = [lengths[0] + match.start() for match in PIECE.finditer(text[lengths[0]:])]
         length = max(n for n in lengths if n in begins)
@@ -117,7 +115,7 @@ class BPE:
         return length, before, self.words[last]
 
     def span(self, prefix):
-        """The words that begin with prefix, or are it, are sorted[first:end]: (first, end)."""
+        """(first, end): the words that begin with prefix, or are it, are sorted[first:end]."""
         return bisect_left(self.sorted, prefix), bisect_left(self.sorted, prefix + b"\xff" * 99)
 
     def branches(self, prefix):
@@ -132,13 +130,8 @@ class BPE:
 
         q holds the probabilities of the words sorted[first:], as many as q has; all others have none. Byte i is b with
         the mass of all words that begin with word[:i] + b, divided by that of all that begin with word[:i] and are
-        longer. With two words a and ab, and q = 0.3, 0.7:
-
-            a:   byte 0 is a with 0.3 + 0.7 = 1, and the word ends
-            ab:  byte 0 is a with 1 too, and byte 1 is b with 0.7 / 0.7 = 1, not with 0.7
-
-        Whether the word ends is a draw of its own, made before the next byte is drawn. It decides whether a byte is
-        guessed at all, and not which, so a byte that is guessed has the distribution that is reported for it.
+        longer. With the words a and ab, byte 1 of ab is certain: whether the word ends is a draw of its own, made
+        before the next byte is drawn. It decides whether a byte is guessed at all, and not which.
         """
         bounds = [self.branches(word[:i]) for i in range(known, len(word))]
         bounds = np.array(bounds, dtype=int).reshape(-1, 257)
@@ -154,4 +147,4 @@ def in_words(corpus, merges):
     bpe = BPE(merges)
     val = bpe.encode(corpus.val)
     return corpus._replace(train=bpe.encode(corpus.train), val=val,
-                           bytes_per_token=len(corpus.val) / max(len(val), 1))
+                           bytes_per_token=len(corpus.val) / len(val))

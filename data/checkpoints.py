@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.files import UserError, whole_file
-from data.tensors import FILES, FORMAT, find, named_tensors, read_file, some, write_safetensors
+from data.files import UserError, require, whole_file
+from data.tensors import FILES, FORMAT, find, read_file, some, write_safetensors
 
 UNUSED = "unused."  # the beginning of our name for a tensor that no model of ours has
 
@@ -30,15 +30,11 @@ class Layout(NamedTuple):
 
 # state-spaces/mamba-*, mamba2-*, JunxiongWang/MambaByte_*; then the .pt files of the MambaByte repository
 STATE_SPACES_NAMES = (
-    ("backbone.embedding.", "embedding."),
-    ("backbone.layers.{i}.", "layers.{i}."),
-    ("backbone.norm_f.", "norm_f."),
-    ("lm_head.", "lm_head."))
+    ("backbone.embedding.", "embedding."), ("backbone.layers.{i}.", "layers.{i}."),
+    ("backbone.norm_f.", "norm_f."), ("lm_head.", "lm_head."))
 MAMBABYTE_NAMES = (
-    ("mambabyte.token_embedding.", "embedding."),
-    ("mambabyte.layers.{i}.", "layers.{i}."),
-    ("mambabyte.final_norm.", "norm_f."),
-    ("lm_head.", "lm_head."))
+    ("mambabyte.token_embedding.", "embedding."), ("mambabyte.layers.{i}.", "layers.{i}."),
+    ("mambabyte.final_norm.", "norm_f."), ("lm_head.", "lm_head."))
 STATE_SPACES = {
     "d_model": "d_model", "n_layer": "n_layer", "vocab_size": "vocab", "tie_embeddings": "tie",
     "pad_vocab_size_multiple": (1, 8, 16, 32, 64), "ssm_cfg.d_state": "d_state",
@@ -62,9 +58,7 @@ HF_MAMBA_2 = HF_MAMBA | {
 
 # transformers: LlamaForCausalLM, its rotary settings under an older and a newer key; the first is written
 LLAMA_NAMES = (
-    ("model.embed_tokens.", "embedding."),
-    ("model.norm.", "norm_f."),
-    ("lm_head.", "lm_head."),
+    ("model.embed_tokens.", "embedding."), ("model.norm.", "norm_f."), ("lm_head.", "lm_head."),
     ("model.layers.{i}.self_attn.rotary_emb.inv_freq", UNUSED),
     ("model.layers.{i}.self_attn.o_proj.", "layers.{i}.mixer.out_proj."),
     ("model.layers.{i}.self_attn.", "layers.{i}.mixer."),
@@ -128,33 +122,32 @@ def rename(name, rows):
     return None
 
 
-def recognise(path, names):
-    """(layout, {their name: our name}): the layout that knows the most names; it must know all."""
-    found = {layout: {name: rename(name.removeprefix("module."), table.names) for name in names}
-             for layout, table in LAYOUTS.items()}
-    best = min(found, key=lambda layout: list(found[layout].values()).count(None))
-    strangers = [name for name, ours in found[best].items() if ours is None]
-    if strangers or not names:
-        raise UserError(f"{path} holds {some(strangers) or 'nothing'}, expected {FORMAT} "
-                        f"or one of the layouts {', '.join(LAYOUTS)}")
-    return best, found[best]
-
-
 def backwards(layout):
     """The rows of a layout's names, (ours, theirs)."""
     return [(ours, theirs) for theirs, ours in LAYOUTS[layout].names]
 
 
+def recognise(path, names):
+    """(layout, {their name: our name}): the layout that knows the most names; it must know all."""
+    found = {layout: {name: rename(str(name).removeprefix("module."), table.names)
+                      for name in names} for layout, table in LAYOUTS.items()}
+    best = min(found, key=lambda layout: list(found[layout].values()).count(None))
+    strangers = [name for name, ours in found[best].items() if ours is None]
+    require(not strangers, f"{path} holds {some(strangers)}, expected {FORMAT} "
+                           f"or one of the layouts {', '.join(LAYOUTS)}")
+    return best, found[best]
+
+
 def misfits(layout, expected, found):
     """What is missing, unknown or misshapen, in the layout's own names; expected and found are {our name: tensor}."""
     rows = backwards(layout) if layout else [("", "")]
-    wrong = [f"{rename(name, rows)} is missing" for name in expected.keys() - found.keys()]
-    wrong += [f"{rename(name, rows)} has no place" for name in found.keys() - expected.keys()]
-    for name, t in expected.items():
-        shape = found.get(name, t).shape
-        if shape != t.shape:
-            wrong.append(f"{rename(name, rows)} has shape {list(shape)}, expected {list(t.shape)}")
-    return some(wrong)
+
+    def shape(tensors, name):
+        return list(tensors[name].shape) if name in tensors else "none"
+
+    wrong = [name for name in expected | found if shape(found, name) != shape(expected, name)]
+    return some(f"{rename(name, rows)} has shape {shape(found, name)}, "
+                f"expected {shape(expected, name)}" for name in wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,9 +162,10 @@ def read_rope(value):
     return () if kind == "default" else (kind,)
 
 
-def is_number(value):
-    """True for what can be a size or a constant: JSON also has NaN, and numbers beyond any memory."""
-    return isinstance(value, (bool, int, float)) and 0 <= value < 2**40
+def are_numbers(value):
+    """True for sizes and constants, one or a tuple: JSON also has NaN, and numbers beyond any memory."""
+    values = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(x, (bool, int, float)) and 0 <= x < 2**40 for x in values)
 
 
 def read_settings(config, rows):
@@ -185,14 +179,10 @@ def read_settings(config, rows):
             continue
         if isinstance(ours, tuple):
             known = value in ours
-        elif ours == "rope_scaling":
-            told[ours] = read_rope(value)
-            known = all(map(is_number, told[ours]))
         else:
-            told[ours] = value
-            known = is_number(value)
-        if not known:
-            raise UserError(f"config.json has {key} {json.dumps(value)[:80]}, not computed here")
+            told[ours] = read_rope(value) if ours == "rope_scaling" else value
+            known = are_numbers(told[ours])
+        require(known, f"config.json has {key} {json.dumps(value)[:80]}, not computed here")
     return told
 
 
@@ -232,15 +222,10 @@ def mamba_sizes(tensors):
 def complete(layout, tensors, config):
     """All settings of ours, from config.json, or for a Mamba without one from the shapes; misfits compares the rest."""
     table = LAYOUTS[layout]
-    kind = next(iter(table.settings))
-    if "layers.0.mixer.dt_bias" in tensors:
-        kind = "mamba2"
-    if config is not None:
-        told = read_settings(config, table.settings[kind])
-    elif kind == "mamba":
-        told = mamba_sizes(tensors)
-    else:
-        raise UserError("config.json is missing beside it")
+    newer = "layers.0.mixer.dt_bias" in tensors
+    kind = "mamba2" if newer else next(iter(table.settings))
+    require(config is not None or kind == "mamba", "config.json is missing beside it")
+    told = mamba_sizes(tensors) if config is None else read_settings(config, table.settings[kind])
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     rows, d_model = tensors["embedding.weight"].shape
     c = {"layers": (kind,) * len(layers), "d_model": d_model}
@@ -254,8 +239,8 @@ def complete(layout, tensors, config):
     c |= table.needs | told
     c["vocab"] = max(rows, told.get("vocab", 0))  # state-spaces: 50277 symbols in 50280 rows
     for ours, value in derived(c).items():
-        if c.pop(ours, value) != value:
-            raise UserError(f"config.json makes {ours} {told[ours]}, where {value} is expected")
+        require(c.pop(ours, value) == value,
+                f"config.json makes {ours} {told.get(ours)}, where {value} is expected")
     return c
 
 
@@ -268,18 +253,20 @@ def read(path, content):
 
     Half precision becomes float32, which training kept its residual stream in. UserError for what is not whole.
     """
-    content = named_tensors(path, content)
+    require(isinstance(content, dict) and content,
+            f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
     layout, names = recognise(path, content)
-    tensors = {ours: content.pop(name) for name, ours in names.items()
-               if not ours.startswith(UNUSED)}
     config = path.with_name("config.json")
     config = read_file(config) if config.is_file() else None
     try:
+        tensors = {ours: content.pop(name) for name, ours in names.items()
+                   if not ours.startswith(UNUSED)}
         c = complete(layout, tensors, config)
         dtype = torch.promote_types(tensors["embedding.weight"].dtype, torch.float32)
         for name, t in tensors.items():
-            if not t.is_floating_point():
-                raise UserError(f"{name} holds {t.dtype}, not floats")
+            whole = t.numel() * t.itemsize <= t.untyped_storage().nbytes()  # no view of one number
+            plain = t.is_floating_point() and not t.is_meta  # which has no values
+            require(whole and plain, f"{some([name])} is no plain tensor of floats")
             tensors[name] = t.to(dtype).contiguous()
         if "type_table.weight" in tensors:  # of BiGS; here all of a text is of segment type 0
             types = tensors.pop("type_table.weight")
@@ -287,8 +274,8 @@ def read(path, content):
     except LookupError as e:
         raise UserError(f"{path} lacks {e}, which a {layout} checkpoint has") from e
     except (AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        why = " ".join(str(e).split())
-        raise UserError(f"{path} cannot be read as a {layout} checkpoint: {why}") from e
+        raise UserError(f"{path} and config.json cannot be read as a {layout} checkpoint: "
+                        + " ".join(str(e).split())) from e
     embedding = tensors["embedding.weight"]
     c["tie"] = torch.equal(tensors.get("lm_head.weight", embedding), embedding)
     if c["tie"]:
@@ -298,23 +285,21 @@ def read(path, content):
 
 def write(path, layout, c, tensors):
     """The model of settings c in another program's layout: a folder with config.json, or one file where it has none."""
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout} is not one of own, {', '.join(LAYOUTS)}")
+    require(layout in LAYOUTS, f"layout {layout} is not one of own, {', '.join(LAYOUTS)}")
     table = LAYOUTS[layout]
     kind = ", ".join(sorted(set(c["layers"])))
     needs = {name: c[name] for name in table.needs}
-    if kind not in table.settings or needs != table.needs:
-        raise UserError(f"layout {layout} holds layers of {' or '.join(table.settings)} with "
-                        f"{table.needs}; this model has {kind} with {needs}")
+    require(kind in table.settings and needs == table.needs,
+            f"layout {layout} holds layers of {' or '.join(table.settings)} with {table.needs}; "
+            f"this model has {kind} with {needs}")
     if c["n_position"]:  # of BiGS, which has two types of segments
         tensors = {**tensors, "type_table.weight": torch.zeros(2, c["d_model"])}
     rows = backwards(layout)
     tensors = {rename(name, rows): t for name, t in tensors.items()}
-    save = torch.save
-    if table.file.endswith(".safetensors"):
-        save = write_safetensors
-        if c["tie"]:  # no two names for the same memory there
-            del tensors["lm_head.weight"]
+    safe = table.file.endswith(".safetensors")
+    if safe and c["tie"]:  # no two names for the same memory there
+        del tensors["lm_head.weight"]
+    save = write_safetensors if safe else torch.save
     try:
         with whole_file(Path(path, table.file)) as file:
             save(tensors, file)

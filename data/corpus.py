@@ -6,8 +6,6 @@ A corpus is two arrays of bytes, one to train on and one to validate on, mapped 
     shakespeare, enwik8    downloaded once, resumed where it broke off, checked by SHA-256
     path/to/file           mapped where it lies
     path/to/folder         the text files below it, joined into one
-
-What has to be written goes to the cache under a temporary name, and gets its own name when it is whole.
 """
 import functools
 import hashlib
@@ -16,9 +14,9 @@ import os
 import platform
 import shutil
 import sysconfig
+import tempfile
 import zipfile
-import zlib
-from collections import Counter
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from data.files import UserError, whole_file
+from data.files import UserError, require, whole_file
 
 CACHE = Path(__file__).parent / "cache"
 
@@ -36,7 +34,7 @@ class Corpus(NamedTuple):
     name: str
     train: np.ndarray  # (bytes,) uint8, read-only
     val: np.ndarray    # (bytes,) uint8, read-only
-    note: str          # one line for the screen: what was read, what was skipped and why
+    note: str          # one line for the screen: what was read
     bytes_per_token: float = 1.0  # more than one where the tokens are words of byte pairs
 
 
@@ -44,13 +42,12 @@ class Corpus(NamedTuple):
 # 1. One file
 
 
-def map_bytes(name, path):
-    """The bytes of a file, (bytes,) uint8, read-only. UserError if there are fewer than two."""
-    size = path.stat().st_size
-    if size < 2:
-        raise UserError(f"--data {name} has {size} bytes, one to train on and one to validate on "
-                        "are the least; choose a larger file or folder")
-    return np.memmap(path, np.uint8, mode="r")
+def map_bytes(name, file):
+    """The bytes of an open file, (bytes,) uint8, read-only. UserError if there are fewer than two."""
+    size = file.seek(0, os.SEEK_END)
+    require(size > 1, f"--data {name} has {size} bytes, expected at least 2: "
+                      "one to train on and one to validate on")
+    return np.memmap(file, np.uint8, mode="r")
 
 
 def split(name, data, note, val_end=100):
@@ -59,97 +56,84 @@ def split(name, data, note, val_end=100):
     return Corpus(name, data[:cut], data[cut:len(data) * val_end // 100], note)
 
 
+def load_file(name, path, note, val_end=100):
+    """The corpus that one file is."""
+    with open(path, "rb") as file:
+        data = map_bytes(name, file)
+    return split(name, data, f"{len(data):,} bytes, {note}", val_end)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Many files as one: a folder, and the standard library
-
-
-def gather(root, cache, objection):
-    """The files below root, as sorted relative posix paths, and how many others are skipped, {reason: count}.
-
-    objection(path) is a reason to skip a file or a whole folder, or None. The cache is skipped: a corpus that holds
-    itself would grow with every run.
-    """
-    files = []
-    skipped = Counter()
-    for folder, subfolders, names in os.walk(root):
-        inside = [] if Path(folder) == cache.resolve() else [*names, *subfolders]
-        reasons = {name: objection(Path(folder, name)) for name in inside}
-        skipped.update(reason for reason in reasons.values() if reason)
-        kept = {name for name in inside if not reasons[name]}
-        paths = [Path(folder, name) for name in names if name in kept]
-        files += [path.relative_to(root).as_posix() for path in paths]
-        subfolders[:] = [name for name in subfolders if name in kept]  # which os.walk enters
-    return sorted(files), skipped
-
-
-def join(root, files, label, cache):
-    """The bytes of all files, one after the other, as one file of the cache, written if it is not there yet.
-
-    A hash of paths, sizes and modification times is part of its name: a changed listing is another file.
-    """
-    listing = hashlib.sha1(usedforsecurity=False)
-    for file in files:
-        info = (root / file).stat()
-        listing.update(repr((str(root), file, info.st_size, info.st_mtime_ns)).encode())
-    target = cache / f"{label}-{listing.hexdigest()[:16]}.bin"
-    if not target.exists():
-        with whole_file(target) as out:
-            for file in files:
-                with open(root / file, "rb") as source:
-                    shutil.copyfileobj(source, out)
-    return map_bytes(root, target)
-
 
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
-def not_stdlib(path):
-    """Why a file or folder is no part of the standard library, or None."""
-    unwanted = path.name in NOT_STDLIB if path.is_dir() else path.suffix != ".py"
-    return "not standard library" if unwanted else None
+def of_stdlib(path):
+    """True for a folder or file of the standard library."""
+    return path.name not in NOT_STDLIB if path.is_dir() else path.suffix == ".py"
 
 
-def load_python(cache):
+def is_text(path):
+    """True for a folder or file that is not hidden, can be read, and has no NUL, which texts do not have."""
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return not path.is_symlink()  # a link may be a loop
+    if not path.is_file() or not os.access(path, os.R_OK):
+        return False  # open would wait for a pipe
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(8192)
+
+
+def gather(root, wanted):
+    """The files below root that are wanted, as sorted relative posix paths, and how many others are skipped.
+
+    A folder that is not wanted is not entered, and counts as one.
+    """
+    files = []
+    skipped = 0
+    for folder, subfolders, names in os.walk(root):
+        inside = [Path(folder, name) for name in [*names, *subfolders]]
+        kept = [path for path in inside if wanted(path)]
+        skipped += len(inside) - len(kept)
+        files += [path.relative_to(root).as_posix() for path in kept if not path.is_dir()]
+        subfolders[:] = [path.name for path in kept if path.is_dir()]  # which os.walk enters
+    return sorted(files), skipped
+
+
+def join(root, files):
+    """The bytes of all files, one after the other, in a temporary file, since they may be more than the memory."""
+    with tempfile.TemporaryFile() as joined:
+        for file in files:
+            joined.write((root / file).read_bytes())
+        return map_bytes(root, joined)
+
+
+def load_python():
     """The standard library's *.py files in the order of the sha1 of their paths; every 20th validates.
 
     So whole files validate, drawn from everywhere, and the same ones wherever that Python runs.
     """
     root = Path(sysconfig.get_path("stdlib")).resolve()
-    files, _ = gather(root, cache, not_stdlib)
-    if len(files) < 20:
-        raise UserError(f"--data python: {root} has {len(files)} source files, expected 20; "
-                        "use --data FILE with any file of yours")
+    files, _ = gather(root, of_stdlib)
+    require(len(files) >= 20, f"--data python: {root} has {len(files)} source files, expected 20; "
+                              "use --data FILE with any file of yours")
     files.sort(key=lambda file: hashlib.sha1(os.fsencode(file), usedforsecurity=False).digest())
     val = files[::20]
     train = [file for i, file in enumerate(files) if i % 20]
     version = platform.python_version()
     note = f"{len(files)} files of Python {version}'s standard library, {len(val)} of them validate"
-    return Corpus("python", join(root, train, "python-train", cache),
-                  join(root, val, "python-val", cache), note)
+    return Corpus("python", join(root, train), join(root, val), note)
 
 
-def not_text(path):
-    """Why a file or folder below the one that was named is left out, or None."""
-    if path.name.startswith("."):
-        return "hidden"
-    if path.is_dir():  # a link to one may be a loop
-        return "linked folder" if path.is_symlink() else None
-    if not path.is_file() or not os.access(path, os.R_OK):
-        return "unreadable"  # or a pipe, which open would wait for
-    with open(path, "rb") as file:
-        return "binary" if b"\0" in file.read(8192) else None
-
-
-def load_folder(name, cache):
+def load_folder(name):
     """The text files below a folder, in sorted order; the last 10 % of their bytes validate."""
     root = Path(name).resolve()
-    files, skipped = gather(root, cache, not_text)
-    left_out = ", ".join(f"{skipped[reason]} {reason}" for reason in sorted(skipped)) or "nothing"
-    if not files:
-        raise UserError(f"--data {name} has no text files (skipped: {left_out}); "
-                        "choose another folder")
-    note = f"{len(files)} files, the last 10 % of the bytes validate (skipped: {left_out})"
-    return split(name, join(root, files, "folder", cache), note)
+    files, skipped = gather(root, is_text)
+    require(files, f"--data {name} has no text files ({skipped} skipped); choose another folder")
+    note = f"{len(files)} files ({skipped} skipped), the last 10 % of the bytes validate"
+    return split(name, join(root, files), note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,18 +143,16 @@ def load_folder(name, cache):
 class Download(NamedTuple):
     url: str
     forms: tuple        # names it may have in the cache: the corpus first, the download last
-    size: int           # of the corpus, unpacked
-    sha256: str         # likewise
+    sha256: str         # of the corpus, unpacked
     val_end: int = 100  # validation is from 90 % of the bytes to here; the rest is for a test
 
 
 DOWNLOADS = {
     "shakespeare": Download(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        ("shakespeare.txt",), 1_115_394,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+        ("shakespeare.txt",), "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": Download(
-        "https://mattmahoney.net/dc/enwik8.zip", ("enwik8", "enwik8.zip"), 100_000_000,
+        "https://mattmahoney.net/dc/enwik8.zip", ("enwik8", "enwik8.zip"),
         "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8", val_end=95),
 }
 
@@ -200,45 +182,36 @@ def download(name, part):
 
 
 def unpack(source):
-    """The bytes of a file, or of the one file inside it if it is a zip. UserError for a damaged zip."""
-    if not zipfile.is_zipfile(source):
-        return source.read_bytes()
+    """The bytes of the first file inside a whole zip, or of any other file."""
     try:
         with zipfile.ZipFile(source) as archive:
-            member, = archive.namelist()
-            return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as problem:
-        raise UserError(f"{source} is not a whole zip of one file ({problem}); replace that file, "
-                        "or run again without it") from problem
+            return archive.read(archive.namelist()[0])
+    except Exception:  # whatever is wrong with a zip, its own bytes fail the check
+        return source.read_bytes()
 
 
 def load_download(name, cache):
     """A corpus of DOWNLOADS: from the cache, from a zip put there, or from the network; always checked."""
     item = DOWNLOADS[name]
     target = cache / item.forms[0]
-    packed = cache / item.forms[-1]
     part = cache / f"{item.forms[-1]}.part"
-    if not (target.exists() or packed.exists()):
+    source = next((cache / form for form in item.forms if (cache / form).exists()), part)
+    if source == part:
         download(name, part)
-    source = next((path for path in (target, packed) if path.exists()), part)
-    try:
-        data = unpack(source)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != item.sha256:
-            raise UserError(f"--data {name}: {source} holds {len(data):,} bytes, SHA-256 {sha256}, "
-                            f"expected {item.size:,} bytes, SHA-256 {item.sha256}; "
-                            "replace that file, or run again without it")
-        if source != target:
-            with whole_file(target) as file:
-                file.write(data)
-    finally:
-        part.unlink(missing_ok=True)  # spoilt, it costs one try
-    note = f"{len(data):,} bytes, SHA-256 as published"
-    return split(name, map_bytes(name, target), note, item.val_end)
+    data = unpack(source)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 == item.sha256 and source != target:
+        with whole_file(target) as file:
+            file.write(data)
+    part.unlink(missing_ok=True)  # spoilt, it costs one try
+    require(sha256 == item.sha256,
+            f"--data {name}: {source} holds {len(data):,} bytes, SHA-256 {sha256}, expected "
+            f"SHA-256 {item.sha256}; replace that file, or run again without it")
+    return load_file(name, target, "SHA-256 as published", item.val_end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. What the scripts call
+# 4. Interface of the scripts
 
 
 def load_corpus(name, cache=CACHE):
@@ -249,20 +222,17 @@ def load_corpus(name, cache=CACHE):
     """
     try:
         if name == "python":
-            return load_python(cache)
+            return load_python()
         if name in DOWNLOADS:
             return load_download(name, cache)
         if os.path.isfile(name):
-            data = map_bytes(name, Path(name))
-            return split(name, data, f"{len(data):,} bytes, the last 10 % validate")
+            return load_file(name, name, "the last 10 % validate")
         if os.path.isdir(name):
-            return load_folder(name, cache)
+            return load_folder(name)
     except OSError as problem:
-        what = f"it must be readable, and {cache} writable"
-        raise UserError(f"--data {name}: {problem}; {what}") from problem
-    found = "neither a file nor a folder" if os.path.exists(name) else "no such file or folder"
-    known = ", ".join(["python", *DOWNLOADS])
-    raise UserError(f"--data {name}: {found}, and the known names are {known}")
+        raise UserError(f"--data {name}: {problem}") from problem
+    raise UserError(f"--data {name}: no such file or folder, and the known names are "
+                    f"{', '.join(['python', *DOWNLOADS])}")
 
 
 def load_tokens(name, vocab):
@@ -274,15 +244,13 @@ def load_tokens(name, vocab):
     try:
         npy = name.endswith(".npy")
         data = np.load(name, mmap_mode="r") if npy else np.memmap(name, raw, mode="r")
+        require(data.ndim == 1 and data.dtype in (np.uint16, np.uint32) and len(data) > 1,
+                f"{data.dtype} of shape {data.shape}")
+        highest = data.max()
+        require(highest < vocab, f"token id {highest:,} is of another tokenizer")
     except (OSError, ValueError) as problem:
-        raise UserError(f"--data {name}: {problem}; a model of {vocab:,} tokens reads a file of "
-                        "token ids, .npy or .bin of uint16 or uint32") from problem
-    if data.ndim != 1 or data.dtype not in (np.uint16, np.uint32) or len(data) < 2:
-        raise UserError(f"--data {name} holds {data.dtype} of shape {data.shape}, "
-                        "expected uint16 or uint32 in one row")
-    if data.max() >= vocab:
-        raise UserError(f"--data {name} has token id {data.max():,}, but the model has {vocab:,}; "
-                        "it is another tokenizer's, or a .bin of ids of another size: write .npy")
+        raise UserError(f"--data {name}: {problem}; a model of {vocab:,} tokens reads a row of "
+                        "their ids, .npy or .bin of uint16 or uint32") from problem
     note = f"{len(data):,} token ids, the last 10 % validate; a byte is a token below"
     return split(name, data, note)
 
@@ -303,9 +271,8 @@ def windows(data, length, batch, seed, step):
     starts would leave 1/e = 37 % of the bytes unread after as many reads as there are bytes. This is a pure function
     of (seed, step), so a resumed run reads what the uninterrupted one would have read.
     """
-    if len(data) < length:
-        raise UserError(f"the data has {len(data):,} bytes, but one window needs {length:,}; "
-                        "lower --seq_len or choose a larger --data")
+    require(len(data) >= length, f"the data has {len(data):,} bytes, but one window needs "
+                                 f"{length:,}; lower --seq_len or choose a larger --data")
     last = len(data) - length
     stride = max(length - 1, 1)
     count = max(last // stride, 1)  # one fewer than fit, so the offset has a whole window's room
@@ -314,18 +281,12 @@ def windows(data, length, batch, seed, step):
     return data[np.array(starts)[:, None] + np.arange(length)].astype(np.int64)  # (batch, length)
 
 
-COMPRESSORS = {"gzip -9": "gzip", "bz2 -9": "bz2", "xz -9": "lzma"}  # name: module
-
-
 def compressed_bpb(data):
     """Bits per byte of the data under gzip -9, bz2 -9 and xz -9: the figures that a model has to beat."""
-    raw = data.tobytes()
     bpb = {}
-    for name, module in COMPRESSORS.items():
-        try:
+    for name, module in {"gzip -9": "gzip", "bz2 -9": "bz2", "xz -9": "lzma"}.items():
+        with suppress(ImportError):  # some Pythons are built without bz2 or xz
             compress = importlib.import_module(module).compress
-        except ImportError:  # some Pythons are built without bz2 or xz
-            continue
-        best = {"preset": 9} if module == "lzma" else {"compresslevel": 9}
-        bpb[name] = 8 * len(compress(raw, **best)) / len(raw)
+            best = {"preset": 9} if module == "lzma" else {"compresslevel": 9}
+            bpb[name] = 8 * len(compress(data.tobytes(), **best)) / len(data)
     return bpb

@@ -9,6 +9,12 @@ class UserError(ValueError):
     """A flag, a file or a size that cannot be used; the message is one line that says what to do instead."""
 
 
+def require(holds, message):
+    """UserError with the message unless it holds."""
+    if not holds:
+        raise UserError(message)
+
+
 @contextmanager
 def whole_file(target: Path):
     """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error.

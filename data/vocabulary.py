@@ -13,7 +13,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from data.files import UserError
+from data.files import require
 from data.wordpiece import read_vocabulary
 
 
@@ -48,14 +48,12 @@ class Ids:
         self.size = size
 
     def encode(self, prompt):
-        words = prompt.split()
         try:
-            ids = [int(word) for word in words]
+            ids = [int(word) for word in prompt.split()]
         except ValueError:
             ids = []
-        if not ids or min(ids) < 0 or max(ids) >= self.size:
-            raise UserError("the model reads tokens, not bytes: "
-                            f"--prompt takes their ids, from 0 to {self.size - 1}, and spaces")
+        require(ids and min(ids) >= 0 and max(ids) < self.size, "the model reads tokens, not "
+                f"bytes: --prompt takes their ids, from 0 to {self.size - 1}, and spaces")
         return ids
 
     def decode(self, tokens):
@@ -64,17 +62,17 @@ class Ids:
 
 def vocabulary_of(path, config, layout, fill, crlf=False):
     """What the model of a checkpoint reads; UserError if it cannot fill where fill is asked for, or only that."""
-    if config.merges:
-        raise UserError(f"{path} reads words and only drafts: --ckpt MODEL_OF_BYTES --draft {path}")
-    if config.block and not fill:
-        raise UserError(f"{path} is an encoder; give it --fill TEXT with underscores to fill")
-    if fill and not config.block:
-        raise UserError(f"{path} is a causal model, which cannot fill holes; leave --fill out")
+    require(not config.merges,
+            f"{path} reads words and only drafts: --ckpt MODEL_OF_BYTES --draft {path}")
+    require(fill or not config.block,
+            f"{path} is an encoder; give it --fill TEXT with underscores to fill")
+    require(config.block or not fill,
+            f"{path} is a causal model, which cannot fill holes; leave --fill out")
     if layout == "bigs":
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         return read_vocabulary(folder / "vocab.txt", config.vocab, config.n_position)
-    if fill and config.vocab != Bytes.mask + 1:
-        raise UserError(f"{path} has {config.vocab} tokens; filling bytes takes {Bytes.mask + 1}")
+    require(not fill or config.vocab == Bytes.mask + 1,
+            f"{path} has {config.vocab} tokens; filling bytes takes {Bytes.mask + 1}")
     return Bytes(crlf) if fill or config.vocab == 256 else Ids(config.vocab)
 
 

@@ -6,7 +6,7 @@ becomes the longest piece of the vocabulary that it begins with, then the longes
 import re
 import unicodedata
 
-from data.files import UserError
+from data.files import UserError, require
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F),
@@ -46,9 +46,8 @@ class WordPiece:
         self.pieces = list(pieces)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.length = length
-        missing = [piece for piece in SPECIAL if piece not in self.ids]
-        if missing:
-            raise UserError(f"the vocabulary lacks {', '.join(missing)}; expected BERT's vocab.txt")
+        missing = ", ".join(piece for piece in SPECIAL if piece not in self.ids)
+        require(not missing, f"the vocabulary lacks {missing}; expected BERT's vocab.txt")
         self.mask = self.ids["[MASK]"]
 
     def pieces_of(self, word):
@@ -84,25 +83,18 @@ class WordPiece:
     def holes(self, text, count):
         """Every run of underscores is a hole of one token, as is [MASK]; count is for vocabularies of bytes."""
         ids = self.encode(re.sub("_+", "[MASK]", text.decode(errors="replace")))
-        if self.mask not in ids:
-            raise UserError("--fill has no hole; write ____ where a word is missing")
-        if self.length and len(ids) > self.length:
-            raise UserError(f"--fill is {len(ids)} tokens, the model reads at most {self.length}; "
-                            "shorten it")
+        require(self.mask in ids, "--fill has no hole; write ____ where a word is missing")
+        require(len(ids) <= (self.length or len(ids)), f"--fill is {len(ids)} tokens, the model "
+                f"reads at most {self.length}; shorten it")
         return ids + [self.ids["[PAD]"]] * (self.length - len(ids))
 
 
 def read_vocabulary(path, size=0, length=0):
-    """The WordPiece of a vocab.txt, for models of size tokens (0: any) that read length of them.
-
-    UserError if it cannot be one.
-    """
+    """The WordPiece of a vocab.txt, for models of size tokens (0: any) that read length of them, or a UserError."""
     try:
-        words = WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), length)
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise UserError(f"{path} is needed to turn words into tokens: {why}") from e
-    if size and len(words.pieces) != size:
-        raise UserError(f"{path.name} has {len(words.pieces):,} pieces, the model {size:,}; "
-                        "take the one that was published with it")
-    return words
+        raise UserError(f"{path} is needed to turn words into tokens: {e}") from e
+    require(size in (0, len(pieces)), f"{path.name} has {len(pieces):,} pieces, the model "
+                                      f"{size:,}; take the one that was published with it")
+    return WordPiece(pieces, length)

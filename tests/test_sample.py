@@ -24,6 +24,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def close(actual, expected, tol=1e-10):
+    """Tensors, or tuples of them like states."""
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
@@ -88,6 +89,7 @@ def test_a_tiny_temperature_is_nearly_greedy_and_no_nan(temperature):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_top_k_keeps_exactly_k_also_in_a_tie(k):
+    """And all of them for 0, or for more than there are."""
     for logits in ([1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5, [5.0, 4.0, 3.0, 2.0, 1.0]):
         logits = torch.tensor(logits, dtype=F64)
         probabilities, before = filter_logits(logits, top_k=k), torch.softmax(logits, -1)
@@ -95,16 +97,12 @@ def test_top_k_keeps_exactly_k_also_in_a_tie(k):
         assert kept.sum() == k
         assert all(before[i] >= before[j] for i in kept.nonzero() for j in (~kept).nonzero())
         close(probabilities[kept], before[kept] / before[kept].sum())
-
-
-def test_top_k_of_nothing_or_of_more_than_there_are_keeps_all():
-    logits = torch.tensor([1.0, 2.0, -3.0])
-    for k in (0, 3, 4, 1000):
-        assert torch.equal(filter_logits(logits, top_k=k), torch.softmax(logits, -1))
+        for all_of_them in (0, 5, 6, 1000):
+            assert torch.equal(filter_logits(logits, top_k=all_of_them), before)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
-    """Nucleus sampling (Holtzman et al. 2020, eq. 2), by going through all subsets."""
+    """Nucleus sampling (Holtzman et al. 2020, eq. 2), by going through all subsets; one at least, and all for p = 1."""
     torch.manual_seed(0)
     for logits in torch.randn(20, 5, dtype=F64) * 2:
         before = torch.softmax(logits, -1)
@@ -116,9 +114,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
             assert len(kept) == smallest and before[kept].sum() >= p
             assert before[kept].sum() == max(before[list(s)].sum() for s in enough if len(s) == smallest)
             close(probabilities[kept], before[kept] / before[kept].sum())
-
-
-def test_top_p_always_leaves_one_and_one_keeps_all():
     logits = logs(0.4, 0.3, 0.2, 0.1)
     assert filter_logits(logits, top_p=1e-30).tolist() == [1, 0, 0, 0]
     assert (filter_logits(logits, top_p=1.0) > 0).all()
@@ -150,8 +145,7 @@ def test_every_distribution_sums_to_one(dtype):
 # Generation
 
 
-def greedy(logits):
-    return filter_logits(logits, 0)
+greedy = functools.partial(filter_logits, temperature=0)
 
 
 @every_kind
@@ -174,12 +168,8 @@ def test_a_prompt_read_in_pieces_is_the_prompt(kind, piece, monkeypatch):
     model, text = make(kind), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
     logits, state = prefill(model, text)
     monkeypatch.setattr(sample, "PREFILL", piece)
-    logits2, state2 = prefill(model, text)
-    close(logits2, logits)
+    close(prefill(model, text), (logits, state))
     close(logits, model(text)[0][:, -1])
-    for layer, layer2 in zip(state, state2, strict=True):
-        for t, t2 in zip(layer, layer2, strict=True):
-            close(t2, t)
 
 
 @pytest.mark.parametrize("kind, bounded_after", [("mamba", 0), ("mamba2", 0), ("attention", 7)])
@@ -246,8 +236,8 @@ def test_draws_follow_the_distribution():
     def model(tokens, state=None):
         return probabilities.log().expand(*tokens.shape, 4), ()
 
-    drawn = torch.tensor(list(generate(model, torch.zeros(400, 1, dtype=torch.long), 10, filter_logits,
-                                       torch.Generator().manual_seed(0))))
+    prompt, generator = torch.zeros(400, 1, dtype=torch.long), torch.Generator().manual_seed(0)
+    drawn = torch.tensor(list(generate(model, prompt, 10, filter_logits, generator)))
     share = torch.bincount(drawn.flatten(), minlength=4) / 4000
     assert ((share - probabilities).abs() <= 4 * (probabilities * (1 - probabilities) / 4000).sqrt()).all()
 
@@ -256,36 +246,28 @@ def test_draws_follow_the_distribution():
 
 
 @every_kind
-def test_the_script_writes_prompt_and_bytes(kind, runs, capsysbinary):
-    flags = ("--ckpt", runs / kind, "--bytes", 30, "--prompt", "né")
+def test_the_script_writes_the_prompt_and_what_generate_generates(kind, runs, capsysbinary):
+    prompt, flags = "né".encode(), ("--ckpt", runs / kind, "--bytes", 30, "--prompt", "né")
+    raw = written(capsysbinary, *flags, "--raw", "--temperature", 0, "--dtype", "float64")
+    tokens = generate(make(kind).float().double(), torch.tensor([list(prompt)]), 30, greedy)
+    assert raw == prompt + bytes(token for token, in tokens)
     raw = written(capsysbinary, *flags, "--raw")
-    assert len(raw) == len("né".encode()) + 30 and raw.startswith("né".encode())
+    assert len(raw) == len(prompt) + 30 and raw.startswith(prompt)
     assert written(capsysbinary, *flags) == raw.decode(errors="replace").encode() + b"\n"
-
-
-def test_the_script_writes_what_generate_generates(runs, capsysbinary):
-    text = written(capsysbinary, "--ckpt", runs / "mamba2" / "best.pt", "--bytes", 20, "--temperature", 0, "--raw",
-                   "--prompt", "ab", "--dtype", "float64")
-    tokens = generate(make("mamba2").float().double(), torch.tensor([list(b"ab")]), 20, greedy)
-    assert text == b"ab" + bytes(token for token, in tokens)
 
 
 @every_kind
 def test_a_seed_reproduces_and_another_seed_does_not(kind, runs, capsysbinary):
     flags = ("--ckpt", runs / kind, "--bytes", 40, "--raw", "--seed")
     first, again, other = (written(capsysbinary, *flags, seed) for seed in (3, 3, 4))
-    assert first == again and first != other
+    assert first == again != other
 
 
-def test_greedy_does_not_depend_on_the_seed(runs, capsysbinary):
+def test_greedy_does_not_depend_on_the_seed_and_no_prompt_is_a_newline(runs, capsysbinary):
     flags = ("--ckpt", runs / "mamba", "--bytes", 20, "--raw")
     text = written(capsysbinary, *flags, "--temperature", 0, "--seed", 3)
     assert text == written(capsysbinary, *flags, "--top_k", 1, "--seed", 4)
     assert text == written(capsysbinary, *flags, "--top_p", 1e-9, "--seed", 5)
-
-
-def test_without_a_prompt_it_begins_as_after_a_newline(runs, capsysbinary):
-    flags = ("--ckpt", runs / "mamba", "--bytes", 20, "--raw")
     assert b"\n" + written(capsysbinary, *flags) == written(capsysbinary, *flags, "--prompt", "\n")
 
 
@@ -347,23 +329,19 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(runs, monkeypatch, capsys):
         assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, parts", [
-    ("--temperature -1", ["--temperature -1"]), ("--temperature nan", ["--temperature nan"]),
-    ("--temperature inf", ["--temperature"]),
-    ("--temperature hot", ["--temperature", "hot"]), ("--top_p 0", ["--top_p 0"]), ("--top_p 1.5", ["--top_p 1.5"]),
-    ("--top_p nan", ["--top_p nan"]), ("--top_k -1", ["--top_k -1"]), ("--bytes 0", ["--bytes 0"]),
-    ("--bytes -5", ["--bytes -5"]),
-    ("--bytes 1.5", ["--bytes", "1.5"]), ("--batch 0", ["--batch 0"]),
-    ("--rounds -1", ["--rounds -1"]), ("--batch 70000", ["--batch 70000"]),
-    ("--promt a", ["--promt"]),
-    ("--device tpu9", ["--device tpu9"]), ("--dtype int8", ["--dtype int8"]),
-    ("--seed 99999999999999999999", ["--seed 99999999999999999999"])])
-def test_bad_flags_are_one_line(flags, parts, runs, capsys):
+@pytest.mark.parametrize("flags", [
+    "--temperature -1", "--temperature nan", "--temperature inf", "--temperature hot", "--top_p 0", "--top_p 1.5",
+    "--top_p nan", "--top_k -1", "--bytes 0", "--bytes -5", "--bytes 1.5", "--batch 0", "--batch 70000", "--rounds -1",
+    "--promt a", "--device tpu9", "--dtype int8", "--seed 99999999999999999999"])
+def test_bad_flags_are_one_line(flags, runs, capsys):
+    """The flag and its value are named, in argparse's words for a wrong type or name."""
+    parts = flags.split() if flags in ("--temperature hot", "--bytes 1.5", "--promt a") else [flags]
     refused(capsys, ["--ckpt", runs / "mamba", *flags.split()], *parts)
 
 
 def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
-    for path, out in ((tmp_path / "none", tmp_path / "none"), (tmp_path / "none" / "best.pt", tmp_path / "none")):
+    out = tmp_path / "none"
+    for path in (out, out / "best.pt"):
         refused(capsys, ["--ckpt", path], f"no checkpoint at {path}; train one: python train.py --out {out}\n")
     refused(capsys, ["--ckpt", tmp_path], "no best.pt or last.pt")
     whole = (runs / "mamba" / "best.pt").read_bytes()
@@ -378,15 +356,15 @@ def test_cuda_where_there_is_none(runs, capsys):
     refused(capsys, ["--ckpt", runs / "mamba", "--device", "cuda"], "--device cuda", "--device cpu")
 
 
-# Published checkpoints
-
-
 def test_weights_that_are_not_finite_write_nothing(tmp_path, capsys):
     model = make("mamba").float()
     with torch.no_grad():
         model.norm_f.weight[3] = torch.nan
     save(tmp_path / "best.pt", model)
     refused(capsys, ["--ckpt", tmp_path, "--temperature", 0], "not finite")
+
+
+# Published checkpoints
 
 
 def published(folder, vocab):

@@ -15,6 +15,7 @@ from data.bpe import learn_merges
 from model import LM, Config, save
 from sample import (ByteDrafter, CopyDrafter, CountDrafter, Drafter, SubwordDrafter, exact, filter_logits, generate,
                     prefill, speculate)
+from test_sample import close, greedy, refused, written
 from test_vocabulary import TRIE
 
 F64 = torch.float64
@@ -100,28 +101,44 @@ def total_variation(a, b):
     return sum(abs(a.get(text, 0) - b.get(text, 0)) for text in {*a, *b}) / 2
 
 
+def expected_length(rule, p, drafts):
+    """The expected number of tokens that the first round adds."""
+    return sum(drawn * mass * len(added) for guesses, q, drawn in drafts(())
+               for added, mass in one_round(rule, p, (), guesses, q).items())
+
+
+def mostly_first(text):
+    return rows(["1/2", "1/4", "1/4"])[0]
+
+
+def mostly_last(text):
+    return rows(["1/4", "1/4", "1/2"])[0]
+
+
+def is_exact(rule, p, drafts, n):
+    """Total variation 0, in rational numbers."""
+    return total_variation(speculated(rule, p, drafts, n), target(p, n)) == 0
+
+
 @pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 3), (3, 2)])
 @pytest.mark.parametrize("rule", [exact, point_mass])
 def test_the_text_has_the_targets_distribution_exactly(rule, k, n):
     """Leviathan et al. 2023, appendix A.1: total variation 0, over several rounds, with n reached in mid-draft."""
-    for seed in range(2):
-        p, q = toy(seed), toy(seed + 50)
-        assert total_variation(speculated(rule, p, tokens_from(q, k), n), target(p, n)) == 0
+    assert all(is_exact(rule, toy(seed), tokens_from(toy(seed + 50), k), n) for seed in range(2))
 
 
 def test_guesses_that_nobody_drew_are_exact_wherever_they_come_from():
     """Also from a certain distribution: what is reported does not matter to a point mass."""
     p, certain = toy(1), lambda text: [int(token == len(text) % V) for token in range(V)]
-    for q in (toy(2), certain):
-        assert total_variation(speculated(point_mass, p, tokens_from(q, 2, toy(77)), 3), target(p, 3)) == 0
+    assert all(is_exact(point_mass, p, tokens_from(q, 2, toy(77)), 3) for q in (toy(2), certain))
 
 
 def test_drawing_from_another_distribution_than_the_one_tested_is_caught():
     """The guess of the likelier half, reported as if it came from all of q: not exact, so the tests above can fail."""
-    p, q = (lambda text: rows(["1/2", "1/4", "1/4"])[0]), (lambda text: rows(["1/4", "1/4", "1/2"])[0])
     half = lambda text: rows([0, "1/3", "2/3"])[0]
-    assert total_variation(speculated(exact, p, tokens_from(half, 2), 3), target(p, 3)) == 0
-    assert total_variation(speculated(exact, p, tokens_from(half, 1, q), 1), target(p, 1)) > Fraction(1, 50)
+    assert is_exact(exact, mostly_first, tokens_from(half, 2), 3)
+    wrong = speculated(exact, mostly_first, tokens_from(half, 1, mostly_last), 1)
+    assert total_variation(wrong, target(mostly_first, 1)) > Fraction(1, 50)
 
 
 def test_a_perfect_drafter_is_always_believed():
@@ -137,11 +154,8 @@ def test_a_perfect_drafter_is_always_believed():
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_the_expected_length_of_a_round_is_the_geometric_sum(k):
     """Leviathan et al. 2023, equation 1, where p and q are the same at every place: alpha = sum min(p, q)."""
-    p, q = (lambda text: rows(["1/2", "1/4", "1/4"])[0]), (lambda text: rows(["1/4", "1/4", "1/2"])[0])
-    alpha, length = Fraction(3, 4), 0
-    for guesses, reported, drawn in tokens_from(q, k)(()):
-        length += drawn * sum(len(added) * mass for added, mass in one_round(exact, p, (), guesses, reported).items())
-    assert length == (1 - alpha**(k + 1)) / (1 - alpha)
+    alpha = Fraction(3, 4)
+    assert expected_length(exact, mostly_first, tokens_from(mostly_last, k)) == (1 - alpha**(k + 1)) / (1 - alpha)
 
 
 # Words, revealed byte by byte. The tokens are the bytes a and b, 0 and 1 here.
@@ -168,18 +182,15 @@ def words_from(q, k):
 @pytest.mark.parametrize("rule", [exact, point_mass])
 def test_words_verified_byte_by_byte_leave_the_distribution_of_bytes(rule, k, n):
     """Total variation 0 for words that begin alike, over several rounds that end inside words."""
-    p, q = toy(5, 2), toy(6, 5)
-    assert total_variation(speculated(rule, p, words_from(q, k), n), target(p, n)) == 0
+    assert is_exact(rule, toy(5, 2), words_from(toy(6, 5), k), n)
 
 
 def test_a_word_is_accepted_more_often_by_its_trie_than_as_a_point_mass():
     """The same drafts, by their expected number of accepted bytes."""
-    p, q = toy(5, 2), toy(6, 5)
-    same = lambda f: lambda text: f(())
-    length = {rule: sum(drawn * mass * len(added) for guesses, reported, drawn in words_from(same(q), 1)(())
-                        for added, mass in one_round(rule, same(p), (), guesses, reported).items())
-              for rule in (exact, point_mass)}
-    assert length[exact] > length[point_mass]
+    p, q = toy(5, 2)(()), toy(6, 5)(())
+    by_trie, by_point = (expected_length(rule, lambda text: p, words_from(lambda text: q, 1))
+                         for rule in (exact, point_mass))
+    assert by_trie > by_point
 
 
 # The loop
@@ -204,10 +215,6 @@ def make_words(seed, data, count):
     return make("mamba2", seed, vocab=256 + count, merges=learn_merges(data, count))
 
 
-def greedy(logits):
-    return filter_logits(logits, 0)
-
-
 def written_by(f, *args, **kwargs):
     """All tokens that generate or speculate yields for one text."""
     return [token for token, in f(*args, **kwargs)]
@@ -215,12 +222,6 @@ def written_by(f, *args, **kwargs):
 
 def prompt(length):
     return torch.randint(256, (1, length), generator=torch.Generator().manual_seed(length))
-
-
-def same_state(state, want):
-    for layer, layer2 in zip(state, want, strict=True):
-        for t, t2 in zip(layer, layer2, strict=True):
-            torch.testing.assert_close(t, t2, rtol=1e-10, atol=1e-10)
 
 
 class Guess(Drafter):
@@ -286,8 +287,7 @@ def test_the_state_after_any_number_of_accepted_guesses_is_the_state_from_scratc
     for ahead in (5, 1, 4, 7):
         logits, state = model(text[:, seen:end + ahead], state, end - seen)
         whole, _ = model(text[:, :end + ahead])
-        torch.testing.assert_close(logits, whole[:, seen:], rtol=1e-10, atol=1e-10)
-        same_state(state, prefill(model, text[:, :end])[1])
+        close((logits, state), (whole[:, seen:], prefill(model, text[:, :end])[1]))
         seen, end = end, end + 1 + min(accepted, ahead)
 
 
@@ -310,12 +310,6 @@ def test_looking_ahead_makes_no_tensor_of_all_states(kind):
     assert one <= largest[0] < 12 * one / 2 and all(layer.h.numel() == one for layer in state)
 
 
-def test_what_cannot_be_kept_is_an_error():
-    for upto, part in ((6, "upto 6 is not from 0 to 5"), (-1, "upto -1")):
-        with pytest.raises(ValueError, match=part):
-            make("mamba2")(prompt(5), None, upto)
-
-
 @every_kind
 def test_a_state_owns_no_more_than_it_shows(kind):
     """After a prompt in whole chunks: a view would keep the whole prompt's keys, or the states of all its chunks."""
@@ -328,23 +322,16 @@ def test_a_state_owns_no_more_than_it_shows(kind):
 
 @every_kind
 def test_the_state_after_no_position_is_the_state_before(kind):
+    """And no other number of positions can be kept than there are."""
     model, text = make(kind), prompt(20)
     want, before = model(text[:, :9])
     _, same = model(text[:, 9:], before, 0)
     torch.testing.assert_close(model(text[:, 9:], same)[0], model(text[:, 9:], before)[0], rtol=0, atol=0)
     _, none = model(text, None, 0)
-    torch.testing.assert_close(model(text[:, :9], none)[0], want, rtol=1e-10, atol=1e-10)
-
-
-def test_forgetting_the_convolutions_tail_would_show():
-    """The bug that hides in rollbacks: h restored, the last inputs of the convolution not."""
-    model, text = make("mamba"), prompt(12)
-    _, state = model(text[:, :11], None, 6)
-    _, wrong = model(text[:, :11])
-    mixed = tuple(layer._replace(tail=w.tail) for layer, w in zip(state, wrong))
-    good, bad, want = model(text[:, 6:7], state)[0], model(text[:, 6:7], mixed)[0], model(text[:, :7])[0][:, -1:]
-    torch.testing.assert_close(good, want, rtol=1e-10, atol=1e-10)
-    assert (bad - want).abs().max() > 1e-3
+    close(model(text[:, :9], none)[0], want)
+    for upto in (21, -1):
+        with pytest.raises(ValueError, match=f"upto {upto} is not from 0 to 20"):
+            model(text, None, upto)
 
 
 def test_a_perfect_drafter_commits_k_plus_one_bytes_per_call():
@@ -431,8 +418,7 @@ def test_words_go_on_where_a_refusal_left_the_text():
         guesses, q = drafter.draft(list(b"abcdxab"), 2, distribution, torch.Generator().manual_seed(seed))
         began, read, then = drafter.states
         assert began == 0 and read == 5 and then in (7, 8, 9)  # the piece; ab, abc or abcd
-        want = model(torch.tensor([[10, 258, 120]]))[0][:, -1]
-        torch.testing.assert_close(drafter.states[5][0], want, rtol=1e-10, atol=1e-10)
+        close(drafter.states[5][0], model(torch.tensor([[10, 258, 120]]))[0][:, -1])
         assert len(guesses) == len(q) and (q[range(len(guesses)), guesses] > 0).all()
         torch.testing.assert_close(q.sum(1), torch.ones(len(q), dtype=F64))
         seconds.add(then)
@@ -465,12 +451,6 @@ def runs(tmp_path_factory):
     for name, data in (("read", "README.md"), ("moved", "no_such_corpus.txt")):
         save(folder / name / "best.pt", make("mamba2").float(), flags={"data": data})
     return folder
-
-
-def written(capsysbinary, *flags):
-    capsysbinary.readouterr()
-    assert sample.main([*map(str, flags), "--device", "cpu"]) == 0
-    return capsysbinary.readouterr().out
 
 
 @every_kind
@@ -508,20 +488,13 @@ def test_a_seed_reproduces_a_speculated_text(runs, capsysbinary):
     ("--draft counts --ckpt {}/small", ["--draft counts guesses bytes", "small reads tokens"]),
     ("--draft {}/words --ckpt {}/small", ["vocabulary of 265", "the model 300"])])
 def test_bad_flags_are_one_line(flags, parts, runs, capsys):
-    assert sample.main(["--ckpt", str(runs / "mamba"), *flags.replace("{}", str(runs)).split()]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and all(part in err for part in parts), err
+    refused(capsys, ["--ckpt", runs / "mamba", *flags.replace("{}", str(runs)).split()], *parts)
 
 
-def test_stats_tell_bytes_calls_and_acceptance(runs, capsys):
-    same = ["--ckpt", str(runs / "mamba2"), "--draft", str(runs / "mamba2")]
+def test_stats_tell_acceptance_and_time_plain_writing_with_the_step_that_it_would_use(runs, monkeypatch, capsys):
+    steps, same = [], ["--ckpt", str(runs / "mamba2"), "--draft", str(runs / "mamba2")]
+    monkeypatch.setattr(sample, "fast_step", lambda model, token, compiled: steps.append(model) or model)
     assert sample.main([*same, "--bytes", "30", "--k", "4", "--stats"]) == 0
     err = capsys.readouterr().err
     assert "5.00 tokens per call" in err and "24 of 24 guesses accepted" in err and "times as fast" in err
-
-
-def test_plain_writing_is_timed_with_the_step_that_it_would_use(runs, monkeypatch, capsys):
-    steps = []
-    monkeypatch.setattr(sample, "fast_step", lambda model, token, compiled: steps.append(model) or model)
-    assert sample.main(["--ckpt", str(runs / "mamba"), "--draft", "ngram", "--bytes", "9", "--stats"]) == 0
     assert len(steps) == 1

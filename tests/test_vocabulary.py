@@ -47,7 +47,7 @@ def test_holes_are_the_masks_that_an_encoder_learned():
 def test_ids_come_back():
     ids = Ids(65)
     assert ids.encode(b" 64 0\n7") == [64, 0, 7] and ids.decode([64, 0, 7]) == b" 64 0 7"
-    for prompt in (b"", b"65", b"-1", b"1.5", b"a"):
+    for prompt in (b"", b"65", b"-1", b"1.5", b"a", b"9" * 5000):
         with pytest.raises(UserError, match="from 0 to 64"):
             ids.encode(prompt)
 
@@ -64,15 +64,12 @@ def test_any_bytes_come_back(text):
     assert BPE().encode(text).tolist() == list(text)
 
 
-def test_merges_are_the_most_frequent_pairs_of_what_is_left():
+def test_merges_are_the_most_frequent_pairs_of_what_is_left_and_apply_in_that_order():
     """Sennrich et al. 2016, figure 1's words: e s, es t, l o, lo w, then the pair of the new word."""
     data = b" low" * 5 + b" lower" * 2 + b" newest" * 6 + b" widest" * 3
     words = BPE(learn_merges(data, 4))
     assert words.words[256:258] == [b"es", b"est"] and len(words.encode(b"newest")) == 4
     assert BPE(learn_merges(b"abab abab", 1)).words[256] == b"ab"
-
-
-def test_encoding_applies_merges_in_the_order_they_were_learned():
     words = BPE([(98, 99), (97, 98), (97, 256)])  # bc, ab, abc
     assert words.encode(b"abc").tolist() == [258] and words.encode(b"ab").tolist() == [257]
 
@@ -158,8 +155,7 @@ TEXT = "aé€😀z\n".encode()  # characters of one to four bytes
 
 def appearing(data, size):
     """What has been shown after each piece of so many bytes, and at the end."""
-    pieces = characters(data[i:i + size] for i in range(0, len(data), size))
-    return list(itertools.accumulate(pieces))
+    return list(itertools.accumulate(characters(data[i:i + size] for i in range(0, len(data), size))))
 
 
 @pytest.mark.parametrize("size", range(1, len(TEXT) + 1))
