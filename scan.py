@@ -771,7 +771,7 @@ def _ssd_chunked(u, log_a, B, C, h0, upto=None, size=32):
     whole = l // size * size
     chunks = [t[:, :whole].unflatten(1, (-1, size)) for t in (u, log_a, B, C)]
     parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
-    ends = _last_state(*parts, 0).unflatten(0, (b, -1))  # 1: (b, chunks, nh, p, n), from zero
+    ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, -1))  # 1, from zero
     decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
     h = scan(decays, ends, h0, "naive")  # 2
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
@@ -792,22 +792,23 @@ def _heads_first(u, log_a, B, C):
 def _decays(log_a):
     """L (..., l, l), L_ij = exp(log_a_{j+1} + ... + log_a_i) for j <= i, else 0: log_a (..., l).
 
-    For l = 3 and log_a = (r, s, t):    0 0 0                 0   0 0          1        0     0
-                                        s 0 0   down cumsum   s   0 0   exp    e^s      1     0
-                                        t t 0                 s+t t 0          e^(s+t)  e^t   1
+    The sum over k is a product with a matrix of ones and zeros. For l = 3 and log_a = (r, s, t):
+        [1 0 0] [0 0 0]   [ 0   0 0]             [1        0    0]
+        [1 1 0] [s 0 0] = [ s   0 0]       L =   [e^s      1    0]
+        [1 1 1] [t t 0]   [s+t  t 0]             [e^(s+t)  e^t  1]
     A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits: in float32, 0.3 % of a decay
     after a sum of 40,000.
     """
-    l = log_a.shape[-1]
-    steps = log_a[..., None].expand(*log_a.shape, l).tril(-1)
-    return steps.cumsum(-2).exp().tril()
+    lower = torch.ones(log_a.shape[-1], log_a.shape[-1], dtype=log_a.dtype, device=log_a.device).tril()
+    return (lower @ (log_a[..., None] * lower.tril(-1))).exp() * lower
 
 
 def _attend(u, log_a, B, C, h0):
     """y_i = a_i ... a_0 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     heads = u.shape[1]
     scores = _decays(log_a) * _per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
-    from_h0 = _per_head(C, heads, 1) @ h0.mT  # (b, nh, l, p)
+    from_h0 = h0.unflatten(1, (C.shape[1], -1)).flatten(2, 3) @ C.mT  # one product per group
+    from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
     return torch.addcmul(scores @ u, log_a.cumsum(-1).exp()[..., None], from_h0)
 
 
@@ -815,8 +816,9 @@ def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))
     to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
-    from_h0 = log_a.sum(-1)[..., None, None].exp() * h0
-    return from_h0 + (u * to_end).mT @ _per_head(B, u.shape[1], 1)
+    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
+    from_u = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
+    return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)
 
 
 SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunked}
