@@ -91,7 +91,7 @@ class RunFlags:
     data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8, "
                      f"in train.py {', '.join(TASKS)}")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
-    steps: int = flag(2200, "optimizer steps, unless --minutes is given", low=1)
+    steps: int = flag(4400, "optimizer steps, unless --minutes is given", low=1)
     minutes: float = flag(0.0, "train this long instead, not counting validation")
     resume: bool = flag(False, "go on with the run in --out, with its flags but for those given")
     eval_every: int = flag(0, "validate every so many steps too, not only at the end")
@@ -523,6 +523,10 @@ class Run:
             v = self.model.config.vocab
             guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if self.unit else ""
             self.bar.write(f"step 0      loss {nats:.3f}{guess}")
+        if self.step == 20 and not self.c.minutes:
+            minutes = (self.c.steps - 20) * took / 60
+            self.bar.write(f"            about {minutes:.0f} minutes at this speed; "
+                           "to train for fewer: --minutes N")
         loss = f"{bpb:.3f} {self.unit}" if self.unit else f"loss {nats:.3f}"
         self.bar.desc = f"step {self.step} | {loss} | {speed:,.0f} bytes/s"
         self.bar.update(min(self.progress, 1.0) - self.bar.n)
