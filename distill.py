@@ -19,9 +19,9 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
 
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
 factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin as
-follows, which differs from the paper. Out of the way of the copied ones are the convolution, the identity at first,
-D = 0, and the bias of dt = softplus(random row . x + bias), which alone gives 0.1. Not out of the way are SiLU after
-the convolution, the random gate z, the norm, and A, random in -16 .. -1, with which a head remembers 0.6 to 10 steps.
+follows, which differs from the paper: so that a new layer starts near the copied map, the convolution is the identity,
+D is 0, and dt is 0.1 where its projection gives 0. Not neutralized are SiLU after the convolution, the random gate z,
+the norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps.
 """
 import dataclasses
 import sys
@@ -69,7 +69,7 @@ def keeps_attention(i, share):
                            1/2  . 1 . 3 . 5 . 7        1    0 1 2 3 4 5 6 7
     Each of these shares keeps the layers that a smaller one keeps, so they can follow one another.
     """
-    return int((i + 1) * share) > int(i * share)
+    return int((i + 1) * share + 1e-9) > int(i * share + 1e-9)
 
 
 def student_config(c, share):
@@ -178,64 +178,68 @@ def inventory(student, new, mixers):
 # and a weight means something else for every window length.
 
 
-def divergence(log_p, log_q):
-    """KL(p || q), summed over positions."""
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+def divergence(log_a, log_b):
+    """KL(a || b), summed over positions."""
+    return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
 
 
 def match_window(student, teacher, targets, kl, reverse_kl, ce):
     """match of one window, summed over its positions: student (l, v), teacher (l, v) or None, targets (l,)."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    log_p = torch.log_softmax(student, -1, dtype=wide)
-    loss = ce * F.nll_loss(log_p, targets, reduction="sum")
+    log_student = torch.log_softmax(student, -1, dtype=wide)
+    loss = ce * F.nll_loss(log_student, targets, reduction="sum")
     if teacher is not None:
-        log_q = torch.log_softmax(teacher, -1, dtype=wide)
+        log_teacher = torch.log_softmax(teacher, -1, dtype=wide)
         if kl:
-            loss = loss + kl * divergence(log_q, log_p)
+            loss = loss + kl * divergence(log_teacher, log_student)
         if reverse_kl:
-            loss = loss + reverse_kl * divergence(log_p, log_q)
+            loss = loss + reverse_kl * divergence(log_student, log_teacher)
     return loss
 
 
 def match(student, teacher, targets, kl, reverse_kl, ce):
-    """kl KL(q || p) + reverse_kl KL(p || q) - ce log p[target],   p = softmax(student), q = softmax(teacher).
+    """kl KL(t || s) + reverse_kl KL(s || t) - ce log s[target],   s = softmax(student), t = softmax(teacher).
 
     The reverse divergence is M1's (2504.10449). student (b, l, v), teacher likewise or None if only ce counts, targets
     (b, l). Window by window, and again in the backward pass: of the tensors (l, v) between logits and loss, 1 GB each
     for a Llama's v = 128,256 and l = 2,048, no more than one window's are in memory.
     """
     total = 0.0
-    for i, target in enumerate(targets):
-        wanted = None if teacher is None else teacher[i]
-        total = total + checkpoint(match_window, student[i], wanted, target, kl, reverse_kl, ce,
+    teachers = [None] * len(targets) if teacher is None else teacher.unbind()
+    for window in zip(student.unbind(), teachers, targets):
+        total = total + checkpoint(match_window, *window, kl, reverse_kl, ce,
                                    use_reentrant=False, preserve_rng_state=False)
     return total / targets.numel()
 
 
-def align_loss(student, layers, read, wanted):
-    """The mean over layers of |mixer(x) - y|^2 / |y|^2, where attention answers y to the x that both read."""
+def align_loss(student, seen):
+    """The mean over layers i of |mixer(x) - y|^2 / |y|^2: seen[i] = (x, y), what attention there read and answered."""
     each = []
-    for i, x, y in zip(layers, read, wanted):
-        error = student.layers[i].mixer(x, None, 0)[0] - y
+    for i, (x, y) in seen.items():
+        error = student.layers[i].mixer(x, upto=0)[0] - y
         each.append(error.square().mean() / y.square().mean())
     return torch.stack(each).mean()
 
 
 def make_loss(c, teacher, new):
     """loss_of(student, tokens, targets) for train.fit: the teacher reads first, without a trace for gradients."""
-    seen = []
+    seen = {}  # layer -> what its attention read and answered
     align = c.stage == "align"
+
+    def listen(i):
+        def note(_, args, answer):
+            seen[i] = args[0], answer[0]
+        teacher.layers[i].mixer.register_forward_hook(note)
+
     for i in new if align else ():
-        teacher.layers[i].mixer.register_forward_hook(
-            lambda _, args, answer: seen.append((args[0], answer[0])))
+        listen(i)
 
     def loss_of(student, tokens, targets):
-        seen.clear()
         with torch.no_grad():
-            wanted = teacher(tokens, None, 0)[0] if align or c.kl or c.reverse_kl else None
+            wanted = teacher(tokens, upto=0)[0] if align or c.kl or c.reverse_kl else None
         if align:
-            return align_loss(student, new, *zip(*seen))
-        return match(student(tokens, None, 0)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
+            return align_loss(student, seen)
+        return match(student(tokens, upto=0)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
 
     return loss_of
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, require, whole_file
 from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
@@ -57,22 +58,31 @@ class Config:
     conv_bias: bool = True
     head_dim: int = 64        # p, Mamba-2
     n_group: int = 1          # g, Mamba-2
+    impl: str = "auto"        # of selective_scan; naive has second derivatives, and torch.func takes it
 
     n_head: int = 4           # attention
     n_kv_head: int = 4        # heads of k and v, each shared by n_head / n_kv_head queries
     window: int = 0           # each position sees the last `window` positions; 0 = all
     rope_base: float = 10000.0
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see slow_down
-    d_mlp: int = 0            # hidden size of SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 32
+    d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, rounded up to a multiple of 32
 
     block: str = ""           # encoder: gated or stacked
     gelu: str = "tanh"        # encoder: of its blocks, tanh (approximate) or none (exact); the head's is exact
     n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none, and any length
 
     def __post_init__(self):
-        self.layers = tuple(self.layers)
-        self.rope_scaling = tuple(self.rope_scaling)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type is tuple and isinstance(value, list):
+                value = tuple(value)
+                setattr(self, f.name, value)
+            typed = type(value) is f.type or f.type is float and type(value) is int
+            require(typed, f"{f.name} {value!r:.80} is not of type {f.type.__name__}")
         self.merges = tuple(map(tuple, self.merges))
+        require(self.vocab == 256 + len(self.merges) or not self.merges, f"vocab {self.vocab} is not "
+                f"256 + {len(self.merges)} merges")
+        check_merges(self.merges)
         require(self.layers, "a model needs at least one layer")
         mixers = ENCODER_MIXERS if self.block else MIXERS
         for layer in self.layers:
@@ -83,6 +93,11 @@ class Config:
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head",
                      "n_kv_head", "n_group"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
+        for name, low, high in (("norm_eps", 0, 1), ("dropout", 0, 0.99), ("rope_base", 1, 1e30),
+                                ("window", 0, 2**62), ("d_mlp", 0, 2**62), ("n_position", 0, 2**62)):
+            value = getattr(self, name)
+            require(low <= value <= high, f"{name} {value} is not from {low} to {high}")
+        self.d_mlp = self.d_mlp or math.ceil(self.d_model / 12) * 32
         if "attention" in self.kinds:
             self.require_multiple("d_model", 2 * self.n_head, f"n_head {self.n_head} with heads of even size")
             self.require_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
@@ -109,6 +124,11 @@ class Config:
 
 def require_one_of(name, value, known):
     require(value in known, f'{name} "{value}" is not one of {", ".join(filter(None, known))}')
+
+
+def complex_of(pairs):
+    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
+    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
 
 
 def make_norm(c):
@@ -151,8 +171,8 @@ class S4D(nn.Module):
         self.out_proj = nn.Linear(d, 2 * d)
 
     def scan(self, x, h, upto):
-        A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
-        C = 2 * torch.view_as_complex(self.C)
+        A = complex_of(torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1))
+        C = 2 * complex_of(self.C)
         return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
 
     def forward(self, x, state=None, upto=None):
@@ -179,8 +199,8 @@ class S4(S4D):
         self.B = nn.Parameter(torch.view_as_real(B))
 
     def scan(self, x, h, upto):
-        Lambda = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
-        halves = [Lambda, *(torch.view_as_complex(t) for t in (self.P, self.B, self.C))]
+        Lambda = torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1)
+        halves = [complex_of(t) for t in (Lambda, self.P, self.B, self.C)]
         pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
         return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
 
@@ -237,6 +257,7 @@ class Mamba(nn.Module):
         d = c.expand * c.d_model
         n = c.d_state
         rank = math.ceil(c.d_model / 16)
+        self.impl = c.impl
         self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
         self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # only its weights are used
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
@@ -257,7 +278,7 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # under autocast this sum stays float32
         A = -torch.exp(self.A_log)
-        y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, upto=upto)
+        y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, self.impl, upto)
         return self.out_proj(y * F.silu(z)), MambaState(tail, h)
 
 
@@ -396,15 +417,15 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        hidden = c.d_mlp or math.ceil(c.d_model / 12) * 32
-        self.gate_proj = nn.Linear(c.d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(c.d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, c.d_model, bias=False)
+        self.gate_proj = nn.Linear(c.d_model, c.d_mlp, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.d_mlp, bias=False)
+        self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+torch.serialization.add_safe_globals([S4State, MambaState, AttentionState])  # saved states load
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +462,7 @@ class Block(nn.Module):
 class LM(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for the token after it, and the state after the last
     position, or after the first upto. Under autocast the residual stream and the recurrent states stay in the
-    parameters' dtype; what lies between two projections may be narrow.
+    parameters' dtype; what lies between two projections may be narrow. With last, logits of the last position only.
     """
 
     def __init__(self, config):
@@ -455,7 +476,7 @@ class LM(nn.Module):
         if c.tie:
             self.embedding.weight = self.lm_head.weight
 
-    def forward(self, tokens, state=None, upto=None):
+    def forward(self, tokens, state=None, upto=None, last=False):
         if upto is not None and not 0 <= upto <= tokens.shape[1]:
             raise ValueError(f"upto {upto} is not from 0 to {tokens.shape[1]}, the number of positions")
         x = self.embedding(tokens)
@@ -463,6 +484,8 @@ class LM(nn.Module):
         for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):
             x, s = layer(x, s, upto)
             states.append(s)
+        if last:
+            x = x[:, -1:]
         return self.lm_head(self.norm_f(x)), tuple(states)
 
     @property
@@ -504,8 +527,8 @@ class SharedS4D(nn.Module):
         self.log_dt = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt log-uniform in [0.01, 1]
 
     def forward(self, x):
-        A = torch.complex(self.A_real.clamp(max=-1e-4), self.A_imag)
-        C = torch.complex(self.C[:, 0], self.C[:, 1])
+        A = complex_of(torch.stack([self.A_real.clamp(max=-1e-4), self.A_imag], dim=-1))
+        C = complex_of(self.C)
         K = s4d_kernel(self.log_dt.exp(), A[None], 1.0, C[None], x.shape[1])  # (1, l)
         return fft_conv(x, K, self.D)
 

@@ -26,6 +26,7 @@ from data.vocabulary import show, vocabulary_of
 from model import MASK, load
 from train import flag, parse, pick_device, pick_dtype, script
 
+COUNTED = 2**24  # bytes of a corpus that --draft counts counts at most: 500 MB while they are sorted
 PREFILL = 2048  # tokens of the prompt read at a time; the result is that of reading all
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,13 +61,13 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 # 2. Generating
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model, tokens, state=None):
     """Read tokens (b, l) in pieces: the logits after the last, (b, v), or None if there are none, and the state."""
     if tokens.shape[1] == 0:
         return None, state
     for piece in tokens.split(PREFILL, dim=1):
-        logits, state = model(piece, state)
+        logits, state = model(piece, state, last=True)
     return logits[:, -1], state
 
 
@@ -431,10 +432,10 @@ def make_drafter(c, vocab, data, device, dtype):
         if not data:
             raise UserError(f"--draft counts: {c.ckpt} does not say its corpus; try --draft ngram")
         try:
-            corpus = load_corpus(data).train
+            corpus = load_corpus(data).train[-COUNTED:]
         except UserError as e:
             raise UserError(f"--draft counts reads what {c.ckpt} was trained on: {e}") from e
-        print(f"sorting the {len(corpus):,} bytes of {data}", file=sys.stderr)
+        print(f"sorting {len(corpus):,} bytes of {data}, the last ones", file=sys.stderr)
         return CountDrafter(corpus, device)
     if not Path(c.draft).exists():
         raise UserError(f"--draft {c.draft}: no such checkpoint; without one: ngram, counts")
@@ -506,15 +507,7 @@ def write(c):
 def main(argv):
     c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
     check(c)
-    try:
-        write(c)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as e:  # mostly of standard input or output
-        sys.stdout = None  # or Python would flush it at exit, and fail again
-        if isinstance(e, BrokenPipeError):  # a reader such as head that has seen enough
-            return 130
-        raise UserError(f"cannot read or write: {e}") from e
+    write(c)
     return 0
 
 

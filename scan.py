@@ -415,7 +415,7 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
     l = x.shape[1]
-    wide = x.to(dt.dtype)
+    wide, dt = _widen(x, dt)
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
     if _is_recurrence(impl, l):
@@ -491,7 +491,7 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
            h0=(h0, "b d n"))
     l = x.shape[1]
     end = l if upto is None else upto
-    wide = x.to(dt.dtype)
+    wide, dt = _widen(x, dt)
     z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
     before = torch.zeros_like(wide[:, 0, :, None] * C) if h0 is None else h0

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing claims a folder
+    fcntl = None
 
 from data.bpe import in_words, learn_merges
 from data.corpus import Corpus, compressed_bpb, load_corpus, windows
@@ -43,9 +50,11 @@ def flag(default, text, low=0, high=2**62, one_of=None, fixed=False):
 
 
 def check_flags(c):
-    """UserError unless every flag of the dataclass c is within its bounds, which no nan is."""
+    """UserError unless every flag of the dataclass c has its type and is within its bounds, which no nan is."""
     for f in fields(c):
         value = getattr(c, f.name)
+        typed = type(value) is f.type or f.type is float and type(value) is int
+        require(typed, f"--{f.name} {value!r:.80} is not of type {f.type.__name__}")
         low, high, known = (f.metadata[name] for name in ("low", "high", "one_of"))
         if f.type in (int, float):
             require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
@@ -71,17 +80,28 @@ def parse(cls, argv, description):
 
 
 def script(main):
-    """main(argv), with one line for a user's error, status 2, and one for Ctrl-C, status 130."""
+    """main(argv) that ends in one line: status 2 after an error that the user can mend, 130 after Ctrl-C or where nobody
+    reads standard output any more. What its encoding cannot show is shown as a question mark."""
     @wraps(main)
     def run(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
         try:
             return main(argv)
-        except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
+        except (UserError, MemoryError, RuntimeError, OSError) as e:
+            short = isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate" in str(e)
+            if isinstance(e, RuntimeError) and not short:
+                raise
+            if isinstance(e, OSError):  # of standard output, mostly
+                sys.stdout = None  # or Python would flush it at exit, and fail again
+            if isinstance(e, BrokenPipeError):
+                return 130
+            way_out = "; lower --batch_size, --seq_len or --d_model" if short else ""
+            print(f"error: {' '.join(str(e).split())[:300]}{way_out}", file=sys.stderr)
+            return 2
     return run
 
 
@@ -95,6 +115,7 @@ class RunFlags:
     minutes: float = flag(0.0, "train this long instead, not counting validation")
     resume: bool = flag(False, "go on with the run in --out, with its flags but for those given")
     eval_every: int = flag(0, "validate every so many steps too, not only at the end")
+    val_bytes: int = flag(1_000_000, "validate on so many bytes at most; 0 is all")
     seed: int = flag(1, "of the weights, the windows and dropout")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on CUDA",
@@ -103,8 +124,8 @@ class RunFlags:
     seq_len: int = flag(128, "bytes in a window", low=1)
     batch_size: int = flag(8, "windows in a step, over all processes", low=1)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
-    lr: float = flag(5e-3, "peak learning rate")
-    warmup: int = flag(50, "steps of linear warm-up, then a line falls to zero")
+    lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero")
+    warmup: int = flag(50, "first steps, over which it rises from zero instead")
     weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit")
 
@@ -152,7 +173,8 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patient = timedelta(days=1)  # with process 0, which validates alone
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -170,8 +192,8 @@ def agree(run, nats, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. What is predicted: an objective turns bytes into tokens to read and targets to predict from them
 #
-# draw(before, targets, seed, first) takes int64 arrays (b, l), the byte before each and the bytes, and gives the tokens
-# and the targets. Its random numbers are a pure function of the seed and of `first`, the number of windows drawn before
+# draw(before, targets, seed, first) takes two int64 arrays (b, l), where before[t] is the byte that comes before
+# targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of `first`, the number of windows drawn before
 # these, so a resumed run and several processes draw the same. A window's loss is the mean over its targets.
 # A task (data/synthetic.py) makes windows of its own instead of cutting a text: task(length, batch, seed, step).
 
@@ -186,14 +208,14 @@ class Objective(NamedTuple):
 
 
 def choose(k, l, seed, first, span=1):
-    """k (b,) places of each row at random, in runs of span: booleans (b, l), and the generator to go on with.
+    """Booleans (b, l) with k[i] of them True in row i, chosen at random in runs of span; and the generator to go on with.
 
     Each run has a random number, and the k places with the smallest are chosen. l = 6, span = 2, k = 3: the runs are
     0 1 1 2 2 3, the first cut short; numbers .7 .1 .9 .4 give the ranks 3 0 1 4 5 2, and places 1, 2 and 5.
     """
     rng = np.random.default_rng((seed, first, 1))  # 1: apart from the (seed, epoch) of windows
-    run = (rng.integers(span, size=(len(k), 1)) + np.arange(l)) // span  # (b, l)
-    number = np.take_along_axis(rng.random((len(k), l // span + 2)), run, 1)
+    run_of = (rng.integers(span, size=(len(k), 1)) + np.arange(l)) // span  # (b, l)
+    number = np.take_along_axis(rng.random((len(k), l // span + 2)), run_of, 1)
     rank = number.argsort(1, kind="stable").argsort(1)
     return rank < k[:, None], rng
 
@@ -234,14 +256,14 @@ OBJECTIVES = {"next": Objective(next_byte, "bits per byte"),
 NEXT = OBJECTIVES["next"]
 
 
-def draw_batch(c, data, objective, step):
-    """The tokens and targets of a step, for all processes: (b, 2, seq_len)."""
+def draw_batch(c, data, objective, first):
+    """The tokens and targets of a step, for all processes: (b, 2, seq_len). first windows have been drawn before."""
     if objective.task:
-        pair = objective.task(c.seq_len, c.batch_size, c.seed, step)
+        pair = objective.task(c.seq_len, c.batch_size, c.seed, first // c.batch_size)
     else:
-        batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, step)
+        batch = windows(data, c.seq_len + 1, c.batch_size, c.seed, first)
         pair = batch[:, :-1], batch[:, 1:]
-    drawn = objective.draw(*pair, c.seed, step * c.batch_size)
+    drawn = objective.draw(*pair, c.seed, first)
     return torch.from_numpy(np.stack(drawn, axis=1))
 
 
@@ -254,7 +276,7 @@ def surprise(logits, targets):
 
 def prediction_loss(model, tokens, targets):
     """Mean nats of the targets (b, l), given the tokens (b, l)."""
-    logits, _ = model(tokens, None, 0)  # no state is wanted
+    logits, _ = model(tokens, upto=0)  # no state is wanted
     return surprise(logits, targets).mean()
 
 
@@ -316,7 +338,7 @@ def validation_pieces(data, seq_len, batch_size, carried=False):
 
 @torch.inference_mode()
 def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False, objective=NEXT):
-    """(bits per token of data, share guessed right), each token scored once.
+    """(bits per target, share guessed right) over all of data; for the objective next each token is a target once.
 
     Each window begins with an empty state, so a byte is predicted from its window alone. Carried: the state is handed
     from piece to piece, so a byte is predicted from everything before it, in constant memory.
@@ -336,7 +358,7 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
         drawn = objective.draw(*piece.astype(np.int64), 0, first)
         tokens, targets = (torch.from_numpy(t).to(device) for t in drawn)
         with cast:
-            logits, after = model(tokens, state, None if carried else 0)
+            logits, after = model(tokens, state, upto=None if carried else 0)
         state = after if carried else None
         hits = (logits.argmax(-1) == targets).sum(1) / (targets != NO_TARGET).sum(1)
         nats += l * surprise(logits, targets).sum().item()
@@ -355,8 +377,10 @@ def open_run(c, given, script):
     """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there, which has its own
     flags but for those given; saved flags that no longer exist are left out."""
     folder = Path(c.out)
+    inside = os.path.isdir(c.data) and folder.resolve().is_relative_to(Path(c.data).resolve())
+    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     files = [name for name in ("last.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
-    require(not files or c.resume and "last.pt" in files, f"{folder} holds {', '.join(files)}; "
+    require(not files or (c.resume and "last.pt" in files), f"{folder} holds {', '.join(files)}; "
             "choose another --out, or go on from a last.pt with --resume")
     if not c.resume:
         return c, None
@@ -373,44 +397,60 @@ def open_run(c, given, script):
             require(not f.metadata["fixed"], f"--{f.name} {value}: the run in {folder} has "
                     f"{was!r}; leave the flag out or choose another --out")
             print(f"with        --{f.name} {value} (was {was})")
-    c = type(c)(**{**saved, **given})
+    c = type(c)(**{**saved, **given, "out": c.out})
     check_flags(c)
     return c, (model, extra)
+
+
+def claim(folder):
+    """The folder, locked until it is closed or the process ends: two runs in one would destroy each other. UserError if
+    it cannot be written, or is claimed. What a crash left half-written there is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY) if fcntl else None
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for half in folder.glob("*.tmp"):
+            half.unlink()
+    except BlockingIOError as e:
+        raise UserError(f"another process trains in --out {folder}; choose another") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in its name
+        raise UserError(f"--out {folder} cannot be written: {e}") from e
+    return lock
 
 
 def open_log(folder, logged):
     """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
     path = folder / "log.jsonl"
-    try:
-        known = path.read_bytes()[:logged] if path.exists() else b""
-        with whole_file(path) as file:
-            file.write(known)
-        return open(path, "ab", buffering=0)
-    except OSError as e:
-        raise UserError(f"--out {folder} cannot be written: {e}") from e
+    known = path.read_bytes()[:logged] if path.exists() else b""
+    with whole_file(path) as file:
+        file.write(known)
+    return open(path, "ab", buffering=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. The loop
 
-VALIDATED = 8192  # bytes per call, or as many as a step reads: they share the cost of an S4 kernel
-SAVE_SECONDS = 60  # a crash loses at most this much training
-KEPT = ("step", "validated", "seconds", "best_bpb", "logged")  # of a Run, in its checkpoints
+VALIDATED = 8192  # tokens per call in validation, at least: many windows share an S4 kernel
+SAVE_SECONDS = 60  # a crash loses about this much training at most
+KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float, "logged": int,
+        "data": str}  # of a Run, in its checkpoints
 FIGURES = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
 BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 
 
-def validate(run):
-    """The figures of a validation, per byte also where tokens are words. val_bpb_carried is None where no state can be
-    carried for ever: attention's grows, S4 pays n^3 per piece for its kernel, a task's windows are no stream."""
+def measure(run):
+    """The figures of a validation, bits per byte also where tokens are words. val_bpb_carried is None for attention,
+    which is compared by windows, for S4, which takes a step per byte to find its state, and for tasks, which are no
+    stream."""
     c = run.c
-    word = run.tokens.bytes_per_token
+    bytes_per_token = run.tokens.bytes_per_token
     batch = max(c.batch_size, VALIDATED // c.seq_len)
-    measure = partial(evaluate, run.model, run.tokens.val, c.seq_len, batch, run.cast)
-    bits, accuracy = measure(objective=run.objective)
-    stream = run.model.recurrent and not (run.objective.task or "s4" in run.model.config.layers)
-    carried = measure(carried=True)[0] / word if stream else None
-    return {"val_bpb": bits / word, "val_bpb_carried": carried, "val_accuracy": accuracy}
+    score = partial(evaluate, run.model, run.tokens.val, c.seq_len, batch, run.cast)
+    bits, accuracy = score(objective=run.objective)
+    stream = run.model.recurrent and not (run.objective.task or "s4" in run.model.config.kinds)
+    carried = score(carried=True)[0] / bytes_per_token if stream else None
+    return {"val_bpb": bits / bytes_per_token, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
 class Run:
@@ -421,9 +461,12 @@ class Run:
         self.rank, self.world, self.device = where
         self.folder = Path(c.out)
         self.script = script
-        self.corpus = corpus
-        self.tokens = in_words(corpus, model.config.merges)
+        self.corpus = corpus._replace(val=corpus.val[:c.val_bytes or None])
+        self.tokens = in_words(self.corpus, model.config.merges)
         self.step_bytes = c.batch_size * c.seq_len * self.tokens.bytes_per_token
+        self.read = 0  # tokens
+        ends = bytes(corpus.train[:4096]) + bytes(corpus.train[-4096:])
+        self.data = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
@@ -432,18 +475,20 @@ class Run:
         self.optimizer = make_optimizer(model, c.lr, c.weight_decay)
         self.step = self.validated = 0  # validated: the step of the last validation
         self.logged = 0  # bytes of log.jsonl
-        self.seconds = self.saved = 0.0  # of training; saved: those at the last save
+        self.seconds = self.saved_at = 0.0  # of training; saved_at: those at the last save
         self.best_bpb = math.inf
         self.lr = 0.0
-        self.caught = self.stopped = 0  # signals: the one noted here, the one that ends the run
-        self.at_once = False
+        self.caught = 0  # the signal that this process noted
+        self.stopped = 0  # the one that process 0 noted and all agreed on
+        self.interruptible = False  # True in a validation by a single process: a signal raises there
+        self.lock = self.log = self.bar = None  # opened by fit
 
     def note(self, number, frame):
         """The first Ctrl-C or SIGTERM is noted, and the loop ends after its step; a second exits."""
         if self.caught:
             sys.exit(128 + number)
         self.caught = number
-        if self.at_once:
+        if self.interruptible:
             raise KeyboardInterrupt
 
     @property
@@ -454,11 +499,22 @@ class Run:
 
     def restore(self, extra):
         """Go on where a checkpoint was saved; learning rates and decay are those of this run's flags."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
-        torch.set_rng_state(extra["random"].cpu())
-        vars(self).update({name: extra[name] for name in KEPT})
-        self.saved = self.seconds
+        path = self.folder / "last.pt"
+        now = self.data
+        try:
+            kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
+            torch.set_rng_state(extra["random"].cpu())
+            fits = all(t.shape in ((), p.shape) for p, state in self.optimizer.state.items()
+                       for t in state.values())
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{path} cannot be resumed: {' '.join(str(e).split())}") from e
+        require(fits, f"{path} cannot be resumed: its optimizer is another model's")
+        vars(self).update(kept)
+        require(self.data == now, f"--data {self.c.data} has {now}, but this run has read {self.data}; "
+                "give it that data, or choose another --out")
+        self.saved_at = self.seconds
 
     def save(self, name):
         """Never weights that are not finite: the file that was saved before stays."""
@@ -466,8 +522,8 @@ class Run:
         self.demand(finite, "weights are not finite")
         save(self.folder / name, self.model, script=self.script, flags=asdict(self.c),
              optimizer=self.optimizer.state_dict(), random=torch.get_rng_state(),
-             **{name: getattr(self, name) for name in KEPT})
-        self.saved = self.seconds
+             **{kept: getattr(self, kept) for kept in KEPT})
+        self.saved_at = self.seconds
 
     def demand(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
@@ -476,16 +532,17 @@ class Run:
 
     def record(self, **figures):
         """One line of log.jsonl."""
-        line = {"step": self.step, "bytes": round(self.step * self.step_bytes),
+        line = {"step": self.step, "bytes": round(self.read * self.tokens.bytes_per_token),
                 "seconds": round(self.seconds, 3), **dict.fromkeys(FIGURES), **figures}
         self.log.write(json.dumps(line).encode() + b"\n")
         self.logged = self.log.tell()
 
     def validate(self):
-        """Validate and, if all is well, save: the last step's own loss was that of the weights before it."""
-        self.at_once = self.world == 1  # nothing is lost then; but others would wait
-        figures = validate(self)
-        self.at_once = False
+        """Validate and, if all is well, save: a step's loss is that of the weights before the step, so validation alone
+        proves that the last ones are sound."""
+        self.interruptible = self.world == 1  # nothing is lost then; but others would wait
+        figures = measure(self)
+        self.interruptible = False
         bpb = figures["val_bpb"]
         self.demand(math.isfinite(bpb), f"validation loss is {bpb}")
         self.record(**figures)
@@ -505,7 +562,8 @@ class Run:
 
     def batches(self):
         """This process's windows of the step, in --accumulate parts: (tokens, targets), each (b, seq_len)."""
-        batch = draw_batch(self.c, self.tokens.train, self.objective, self.step)
+        first = self.read // self.c.seq_len  # windows drawn, also where resumed with other sizes
+        batch = draw_batch(self.c, self.tokens.train, self.objective, first)
         own = batch.chunk(self.world)[self.rank].to(self.device)
         return [part.unbind(1) for part in own.chunk(self.c.accumulate)]
 
@@ -514,6 +572,7 @@ class Run:
         nats, self.seconds, self.stopped = agree(self, nats, self.seconds + took)
         self.demand(math.isfinite(nats), f"loss is {nats}")
         self.step += 1
+        self.read += self.c.batch_size * self.c.seq_len
         if self.rank:
             return
         bpb = nats / math.log(2) / self.tokens.bytes_per_token
@@ -530,7 +589,7 @@ class Run:
         loss = f"{bpb:.3f} {self.unit}" if self.unit else f"loss {nats:.3f}"
         self.bar.desc = f"step {self.step} | {loss} | {speed:,.0f} bytes/s"
         self.bar.update(min(self.progress, 1.0) - self.bar.n)
-        if self.seconds - self.saved > SAVE_SECONDS:
+        if self.seconds - self.saved_at > SAVE_SECONDS:
             self.save("last.pt")
 
 
@@ -613,13 +672,15 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
     if run.rank:
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
-        run.log = open_log(run.folder, run.logged)
+        run.lock = claim(run.folder)
         introduce(run)
+        run.log = open_log(run.folder, run.logged)
     model = torch.compile(model) if c.compile else model
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
                    dynamic_ncols=True, bar_format=BAR)
-    before = {s: signal.signal(s, run.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {s: signal.signal(s, run.note) for s in signals}
     try:
         with run.bar:
             train(run, model)
@@ -633,6 +694,10 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if run.log:
+            run.log.close()
+        if run.lock is not None:
+            os.close(run.lock)
     if run.rank == 0 and run.stopped:
         run.save("last.pt")
         print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
@@ -651,7 +716,8 @@ class Flags(RunFlags):
     objective: str = flag("next", "next byte; an encoder learns mask, 15 % of the bytes "
                           "from both sides, or diffusion", one_of=OBJECTIVES, fixed=True)
     layer: str = flag("", f"the mixer of every layer: {', '.join(MIXERS)} (default mamba2); "
-                      f"of an encoder {', '.join(ENCODER_MIXERS)} (default s4d)", fixed=True)
+                      f"of an encoder {', '.join(ENCODER_MIXERS)} (default s4d)",
+                      one_of=("", *MIXERS), fixed=True)
     block: str = flag("", f"of an encoder: {', '.join(BLOCKS)}", one_of=("", *BLOCKS), fixed=True)
     bpe: int = flag(0, "byte-pair merges: tokens are words, for sample.py --draft", fixed=True)
     span: int = flag(1, "mask: bytes are masked in runs of so many", low=1)
@@ -724,7 +790,9 @@ def eval_only(c, given):
     corpus, objective = load_data(c)
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)
     introduce(run)
-    report(run, validate(run))
+    figures = measure(run)
+    require(math.isfinite(figures["val_bpb"]), f"{c.out}: its validation loss is {figures['val_bpb']}")
+    report(run, figures)
     return 0
 
 

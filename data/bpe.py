@@ -24,7 +24,7 @@ def learn_merges(data, count):
     Counts of pairs are kept up to date: a merge touches the pieces that hold its pair, and no others.
     """
     require(1 <= count <= 2**16 - 256, f"--bpe {count} is not from 1 to {2**16 - 256:,}")
-    found = Counter(PIECE.findall(bytes(data)))
+    found = Counter(match.group() for match in PIECE.finditer(memoryview(data)))
     pieces = [list(piece) for piece in found]
     weights = list(found.values())
     pairs = Counter()
@@ -49,6 +49,15 @@ def learn_merges(data, count):
             pieces[i] = merged
         del pairs[pair]
     return merges
+
+
+def check_merges(merges):
+    """UserError unless merges are pairs of words that exist by then, and make no word longer than a piece can be."""
+    lengths = [1] * 256
+    for pair in merges:
+        known = len(pair) == 2 and all(type(i) is int and 0 <= i < len(lengths) for i in pair)
+        require(known and sum(lengths[i] for i in pair) <= 25, f"{pair} is no merge of two words")
+        lengths.append(lengths[pair[0]] + lengths[pair[1]])
 
 
 def merge(words, pair, word):
@@ -142,7 +151,7 @@ class BPE:
 
 def in_words(corpus, merges):
     """The corpus as the words that byte-pair merges make of it; without merges the corpus itself."""
-    if not merges:
+    if not merges or not len(corpus.val):
         return corpus
     bpe = BPE(merges)
     val = bpe.encode(corpus.val)

@@ -263,20 +263,20 @@ def epoch_starts(last, stride, count, seed, epoch):
     return offset + stride * rng.permutation(count)
 
 
-def windows(data, length, batch, seed, step):
-    """The windows of one training step, (batch, length) int64. UserError if the data is shorter than one window.
+def windows(data, length, batch, seed, first):
+    """The windows from number `first` on, (batch, length) int64. UserError if the data is shorter than one window.
 
     An epoch cuts the data, from a random offset on, into windows that share one byte with the next, and reads them in
     random order. No byte is a target twice, and all but up to two windows' worth at the ends are targets. Random
     starts would leave 1/e = 37 % of the bytes unread after as many reads as there are bytes. This is a pure function
-    of (seed, step), so a resumed run reads what the uninterrupted one would have read.
+    of (seed, first), so a resumed run reads what the uninterrupted one would have read.
     """
     require(len(data) >= length, f"the data has {len(data):,} bytes, but one window needs "
                                  f"{length:,}; lower --seq_len or choose a larger --data")
     last = len(data) - length
     stride = max(length - 1, 1)
     count = max(last // stride, 1)  # one fewer than fit, so the offset has a whole window's room
-    nth = range(step * batch, (step + 1) * batch)
+    nth = range(first, first + batch)
     starts = [epoch_starts(last, stride, count, seed, i // count)[i % count] for i in nth]
     return data[np.array(starts)[:, None] + np.arange(length)].astype(np.int64)  # (batch, length)
 

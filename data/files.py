@@ -1,4 +1,4 @@
-"""What every file of the project is written and refused with."""
+"""The error that is shown as one line, and files that appear whole or not at all."""
 import os
 import uuid
 from contextlib import contextmanager

@@ -48,7 +48,7 @@ class NgramCounts:
         keys = np.zeros(len(corpus) + 1, np.uint64)  # keys[i] is that of corpus[:i]
         for back in range(LONGEST):
             shift = np.uint64(56 - 8 * back)
-            source = corpus[:len(corpus) - back].astype(np.uint64)
+            source = corpus[:max(0, len(corpus) - back)].astype(np.uint64)
             keys[back + 1:] |= source << shift
         order = np.argsort(keys, kind="stable")
         self.keys = keys[order]

@@ -281,8 +281,8 @@ def beginning(flags, val):
 def recall(model, val, gap, count=32, size=64, cue=16):
     """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has
     stood gap bytes before, against another passage having stood there."""
-    once, other = (torch.from_numpy(windows(val, size, count, 0, step)) for step in (0, 1))
-    between = torch.from_numpy(windows(val, gap, count, 0, 2))
+    once, other = (torch.from_numpy(windows(val, size, count, 0, i)) for i in (0, count))
+    between = torch.from_numpy(windows(val, gap, count, 0, 2 * count))
     bits = []
     for first in (other, once):
         logits, _ = model(torch.cat([first, between, once], dim=1))

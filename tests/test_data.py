@@ -293,36 +293,36 @@ def test_downloads_at_once_do_no_harm_to_each_other(server, tmp_path):
 # Windows and compressors
 
 
-def test_windows_are_consecutive_bytes_and_a_pure_function_of_seed_and_step(tmp_path):
+def test_windows_are_consecutive_bytes_and_a_pure_function_of_seed_and_place(tmp_path):
     """And ordinary writable arrays, where the data is a mapped file."""
     data = np.arange(251, dtype=np.uint8)
-    batch = windows(data, 7, 5, seed=3, step=11)
+    batch = windows(data, 7, 5, seed=3, first=55)
     assert batch.shape == (5, 7) and batch.dtype == np.int64 and (np.diff(batch) == 1).all()
     found = load_corpus(str(write(tmp_path / "f", PAYLOAD)), tmp_path)
-    first = windows(found.train, 31, 3, seed=1, step=2)
-    assert (windows(found.train, 31, 3, seed=1, step=2) == first).all()
-    assert (windows(found.train, 31, 3, seed=1, step=3) != first).any()
-    assert (windows(found.train, 31, 3, seed=2, step=1) != first).any()
+    first = windows(found.train, 31, 3, seed=1, first=6)
+    assert (windows(found.train, 31, 3, seed=1, first=6) == first).all()
+    assert (windows(found.train, 31, 3, seed=1, first=9) != first).any()
+    assert (windows(found.train, 31, 3, seed=2, first=3) != first).any()
     assert type(first) is np.ndarray and first.flags.writeable and not found.train.flags.writeable
 
 
 def test_an_epoch_of_windows_makes_no_byte_a_target_twice():
     data = np.arange(251, dtype=np.uint8)  # 41 windows of 6 targets fit, 40 are read, so that the offset has room
     for epoch in range(3):
-        targets = np.concatenate([windows(data, 7, 5, 3, step)[:, 1:].ravel()
+        targets = np.concatenate([windows(data, 7, 5, 3, 5 * step)[:, 1:].ravel()
                                   for step in range(8 * epoch, 8 * epoch + 8)])
         assert len(set(targets.tolist())) == len(targets) == 240 and targets.max() - targets.min() == 239
-    first = [windows(data, 7, 40, 3, step)[:, 0] for step in range(3)]
+    first = [windows(data, 7, 40, 3, 40 * step)[:, 0] for step in range(3)]
     assert len({tuple(f) for f in first}) == 3 and all((f != np.sort(f)).any() for f in first)
 
 
 def test_windows_reach_the_first_and_the_last_byte():
     data = np.arange(11, dtype=np.uint8)
-    starts = {int(start) for step in range(20) for start in windows(data, 7, 5, 0, step)[:, 0]}
+    starts = {int(start) for step in range(20) for start in windows(data, 7, 5, 0, 5 * step)[:, 0]}
     assert starts == {0, 1, 2, 3, 4}
-    assert (windows(data, 11, 2, seed=0, step=0) == data).all()
+    assert (windows(data, 11, 2, seed=0, first=0) == data).all()
     with pytest.raises(UserError, match="has 11 bytes, but one window needs 12; lower --seq_len"):
-        windows(data, 12, 1, seed=0, step=0)
+        windows(data, 12, 1, seed=0, first=0)
 
 
 def test_compressors_find_eight_bits_in_noise_and_almost_none_in_zeros(monkeypatch):

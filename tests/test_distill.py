@@ -235,12 +235,12 @@ def test_narrow_logits_are_compared_in_float32():
 def test_alignment_is_zero_for_the_layer_itself_and_one_for_a_silent_layer():
     """Both read what the teacher's layer reads, so that layers do not depend on one another."""
     teacher, x = transformer(), torch.randn(2, 7, 24, dtype=F64)
-    answers = [teacher.layers[i].mixer(x)[0].detach() for i in (0, 2)]
-    assert align_loss(teacher, [0, 2], [x, x], answers).item() == 0
+    seen = {i: (x, teacher.layers[i].mixer(x)[0].detach()) for i in (0, 2)}
+    assert align_loss(teacher, seen).item() == 0
     student = make_student(teacher, 0, "attention")
     for i in (0, 2):
         student.layers[i].mixer.out_proj.weight.data.zero_()
-    assert align_loss(student, [0, 2], [x, x], answers).item() == 1
+    assert align_loss(student, seen).item() == 1
 
 
 # The script
@@ -340,10 +340,10 @@ def test_a_stopped_distillation_resumes_exactly(stage, teacher, corpus, tmp_path
     whole, want = go(teacher, corpus, tmp_path / "whole", *flags)
     draw = train.windows
 
-    def windows(data, length, batch, seed, step):
-        if step == 2 and batch > 1:
+    def windows(data, length, batch, seed, first):
+        if first == 2 * batch:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(data, length, batch, seed, step)
+        return draw(data, length, batch, seed, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "windows", windows)

@@ -233,7 +233,7 @@ def test_draws_follow_the_distribution():
     """A model of constant logits: 4,000 bytes land in proportion, four standard deviations wide."""
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
 
-    def model(tokens, state=None):
+    def model(tokens, state=None, last=False):
         return probabilities.log().expand(*tokens.shape, 4), ()
 
     prompt, generator = torch.zeros(400, 1, dtype=torch.long), torch.Generator().manual_seed(0)
