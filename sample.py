@@ -72,10 +72,15 @@ def prefill(model, tokens, state=None):
 
 
 @torch.inference_mode()
-def generate(model, tokens, count, distribution, generator=None, step=None):
-    """Yields a list of b tokens count times, after the prompts (b, l >= 1); step is fast_step's, or the model."""
+def generate(model, tokens, count, distribution, generator=None, step=None, batch=1):
+    """Yields a list of b tokens count times, after the prompts (b, l >= 1), or after one prompt, read once, for a batch
+    of texts. step is fast_step's, or the model."""
     step = model if step is None else step
     logits, state = prefill(model, tokens)
+    if batch > 1:  # the first axis of every tensor of a state is the batch, unless it is a single number
+        logits = logits.expand(batch, -1)
+        state = tuple(type(s)(*(t.expand(batch, *t.shape[1:]) if t.ndim else t for t in s))
+                      for s in state)
     for i in range(count):
         if i > 0:
             logits, state = step(token, state)
@@ -473,18 +478,19 @@ def write(c):
         print(f"attention keeps a cache of {kept} positions", file=sys.stderr)
     prompt = sys.stdin.buffer.read() if c.prompt == "-" else os.fsencode(c.prompt)
     ids = vocabulary.holes(os.fsencode(c.fill), c.bytes) if c.fill else vocabulary.encode(prompt)
-    tokens = torch.tensor([ids] * c.batch, device=device)
+    tokens = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def distribution(logits):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
 
     def plain():
-        step = fast_step(model, tokens[:, :1], c.compile)
-        return generate(model, tokens, c.bytes, distribution, generator, step)
+        step = fast_step(model, tokens[:, :1].expand(c.batch, 1), c.compile)
+        return generate(model, tokens, c.bytes, distribution, generator, step, c.batch)
 
     with cast:
         if c.fill:
+            tokens = tokens.repeat(c.batch, 1)
             filled = unmask(model, tokens, c.rounds, distribution, generator,
                             vocabulary.mask, likeliest=c.temperature == 0)
             return show([[vocabulary.decode(text)] for text in filled.tolist()], c.raw)
