@@ -559,7 +559,8 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
 
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
     first upto steps, by default all; upto costs a second scan of these. dt is positive already; softplus is the
-    caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach every input, also through h.
+    caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach every input, also through h;
+    naive and parallel have higher derivatives too, and torch.func takes them.
     impl: naive, parallel, chunked, triton (section 6), or auto: naive
     for one step, else triton on a CUDA GPU up to n = 64, else chunked.
     """

@@ -365,6 +365,32 @@ def test_impossible_sizes_are_one_line_errors():
         Config(("mamba2",), d_model=d_model, head_dim=32)  # what was advised
 
 
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4", "s4d"])
+def test_second_derivatives_and_functional_transforms(layer):
+    """Mamba's chunked scan has neither and says so; Config(impl="naive") has both."""
+    config = dict(layers=(layer,), d_model=8, head_dim=4, d_state=4)
+    text = tokens(5, vocab=256)
+
+    def second(model):
+        loss = model(text)[0].square().mean()
+        gradients = torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
+        sum(g.square().sum() for g in gradients).backward()
+
+    torch.manual_seed(0)
+    model = LM(Config(**config, impl="naive")).double()
+    second(model)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    values = dict(model.named_parameters())
+    f = lambda values: torch.func.functional_call(model, values, (text,))[0].square().mean()
+    got = torch.func.grad(f)(values)
+    want = torch.autograd.grad(model(text)[0].square().mean(), [*values.values()])
+    for g, w in zip(got.values(), want):
+        close(g, w)
+    if layer == "mamba":
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            second(LM(Config(**config)).double())
+
+
 # Peers: other programs with the same weights
 
 
