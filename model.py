@@ -225,8 +225,8 @@ def causal_conv(x, weight, bias, tail, upto=None):
     tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # no view of all
     longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
-    for j in range(k):
-        y = torch.addcmul(y, longer[:, j:j + l], weight[:, 0, j])  # (b, l, d)
+    for j, tap in enumerate(weight[:, 0].unbind(1)):
+        y = torch.addcmul(y, longer[:, j:j + l], tap)  # (b, l, d)
     return y, tail
 
 
