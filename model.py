@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, require, whole_file
-from scan import dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan, ssd
+from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan,
+                  ssd)
 
 MASK = 256  # the token that stands for a masked byte
 
@@ -90,6 +91,7 @@ class Config:
         require_one_of("block", self.block, ["", *BLOCKS])
         require_one_of("norm", self.norm, ["rms", "layer"])
         require_one_of("gelu", self.gelu, ["tanh", "none"])
+        require_one_of("impl", self.impl, ["auto", "triton", *SELECTIVE_SCANS])
         for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head",
                      "n_kv_head", "n_group"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
@@ -220,6 +222,8 @@ def causal_conv(x, weight, bias, tail, upto=None):
     k = weight.shape[2]
     if tail is None:
         tail = x.new_zeros(b, k - 1, d)
+    if tail.shape != (b, k - 1, d):
+        raise ValueError(f"a state's tail has shape {tuple(tail.shape)}, expected {(b, k - 1, d)}")
     longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
     tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # no view of all
@@ -477,8 +481,9 @@ class LM(nn.Module):
             self.embedding.weight = self.lm_head.weight
 
     def forward(self, tokens, state=None, upto=None, last=False):
-        if upto is not None and not 0 <= upto <= tokens.shape[1]:
-            raise ValueError(f"upto {upto} is not from 0 to {tokens.shape[1]}, the number of positions")
+        if tokens.ndim != 2 or upto is not None and not 0 <= upto <= tokens.shape[1]:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), and upto is {upto}, "
+                             "expected from 0 to l")
         x = self.embedding(tokens)
         states = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.bpe import BPE
 from data.corpus import load_corpus
-from data.files import UserError
+from data.files import UserError, require
 from data.ngrams import NgramCounts, copied
 from data.vocabulary import show, vocabulary_of
 from model import MASK, load
@@ -40,6 +40,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     all on the likeliest, the first in a tie. Logits and probabilities (..., v), computed in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    require(not logits.isnan().any(), "the model's logits are not numbers; take an earlier checkpoint")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so nothing overflows
@@ -158,6 +159,7 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
     nothing of each other.
     """
     left = int((tokens[0] == mask).sum())
+    require(bool(((tokens == mask).sum(1) == left).all()), "rows to fill need equally many holes")
     rounds = min(rounds or left, left)
     for remaining in tqdm(range(rounds, 0, -1), desc="filling", leave=False, disable=None):
         logits = model(tokens)[0]  # (b, l, v)

@@ -11,9 +11,10 @@
     6  the selective scan as GPU kernels
 
 To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own, and section 6 is for GPUs; nothing else needs
-them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients.
+them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients. An argument `upto`
+asks for the state after the first upto steps, for callers that read ahead (speculation in sample.py).
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. ChunkedSelectiveScan with the two
-functions below it is 80 lines that stand alone.
+functions below it is 90 lines that stand alone.
 
 Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1, and h0 stands before step 0.
 
@@ -34,8 +35,8 @@ Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-
     nh p g     Mamba-2 (section 5): heads, channels per head, groups of heads that share B and C.
                There x, y (b, l, nh, p), h (b, nh, p, n), dt (b, l, nh), A (nh,), B, C (b, l, g, n)
 
-The state and its decays are float32 or wider, whatever the caller's dtype and autocast say. bfloat16 has 8 bits of
-mantissa and rounds a decay of 0.999 to 1, so a state that forgets slowly would never forget.
+The state and its decays are float32 or wider, whatever the caller's dtype and autocast say. bfloat16 has 8
+significant bits and rounds a decay of 0.999 to 1, so a state that forgets slowly would never forget.
 """
 import contextlib
 import functools
@@ -44,7 +45,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -79,8 +79,30 @@ def _check(function, **tensors):
 
 
 def _check_real(function, *tensors):
-    if any(t is not None and t.is_complex() for t in tensors):
-        raise ValueError(f"{function} is for real numbers; scan, s4 and s4d take complex ones")
+    """ValueError unless all are real floating-point numbers."""
+    for t in tensors:
+        if t is not None and not t.is_floating_point():
+            raise ValueError(f"{function} takes real floats here, not {t.dtype}")
+
+
+def _steps(upto, l):
+    """How many of l steps a state has seen: upto, or all if that is None."""
+    if upto is None:
+        return l
+    if not isinstance(upto, int) or not 0 <= upto <= l:
+        raise ValueError(f"upto {upto} is not a number from 0 to {l}, the number of steps")
+    return upto
+
+
+def _once(backward):
+    """A backward that refuses to be differentiated again. (torch's own once_differentiable misses some ways to ask.)"""
+    @functools.wraps(backward)
+    def first(ctx, *gradients):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError('this path has first derivatives only; use impl="naive", in a model '
+                               'Config(impl="naive")')
+        return backward(ctx, *gradients)
+    return first
 
 
 def _wide_dtype(*tensors):
@@ -107,6 +129,11 @@ def _choose(impl, auto, paths):
     if name not in paths:
         raise ValueError(f'impl "{impl}" is not one of {", ".join([*paths, "auto"])}')
     return paths[name]
+
+
+def _skip(y, x, D):
+    """y + D x, or y where there is no D."""
+    return y if D is None else torch.addcmul(y, x, D)
 
 
 def _takes_triton(x, n):
@@ -141,10 +168,11 @@ def discretize(dt, A, B, rule="mamba"):
         return 1 + z, dt * B
     if rule == "bilinear":
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
-    if rule == "zoh":  # (exp(z) - 1)/z loses digits near z = 0, and so does its gradient; its series does not
+    if rule == "zoh":  # near z = 0 expm1(z)/z keeps its digits but not its gradient's; its series keeps both
         small = z.abs() < 1e-2
         safe = torch.where(small, torch.ones_like(z), z)
-        series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6))))
+        s = torch.where(small, z, torch.zeros_like(z))
+        series = 1 + s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6))))
         return torch.exp(z), dt * torch.where(small, series, torch.expm1(safe) / safe) * B
     raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
 
@@ -156,7 +184,8 @@ def discretize(dt, A, B, rule="mamba"):
 #    parallel   2 l            2 log2 l     a and b of all pairs, and of pairs of pairs, ..
 #    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
 #
-# (One combination is the a h + b of one step; depth counts those that must wait for each other.)
+# (One combination is the a h + b of one step; depth counts those that must wait for each other.) Depth is what a GPU
+# with idle processors cares for; elsewhere chunked wins, by few large operations in place.
 
 
 def scan(a, b, h0=None, impl="auto"):
@@ -192,13 +221,14 @@ def _scan_parallel(a, b, h0):
     pairs       0-1         2-3       |       2. scan the pairs, half as many (recursion):
                  |           |        |          this gives h_1 and h_3, the states after them
     states    h_0 h_1     h_2 h_3    h_4      3. the states between follow by one step each:
-                                                 h_0 is b_0, h_2 comes from h_1, h_4 from h_3
+                                                 h_0 is b_0 + a_0 h0, h_2 comes from h_1, h_4 from h_3
     """
     first = b[:, :1] + a[:, :1] * h0[:, None]  # the first step carries h0
     return _associative(a, torch.cat([first, b[:, 1:]], dim=1))
 
 
 def _associative(a, b):
+    """The same from h = 0."""
     l = b.shape[1]
     if l == 1:
         return b
@@ -217,8 +247,8 @@ def _associative(a, b):
 class _Scan(torch.autograd.Function):
     """A scan by a function that need not be differentiable, and its gradients by the same function.
 
-    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be what reaches h_t as an
-    output, and g_t all that reaches it, also through h_{t+1} and later states. Then
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that reaches
+    h_t as an output, and g_t all that reaches it, also through later states. Then (conj is torch's rule for complex a)
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
     """
 
@@ -230,7 +260,7 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
         nothing = torch.zeros_like(a[:, :1])  # comes after the last step
@@ -304,7 +334,10 @@ def fft_conv(x, K, D=None):
 
     y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing wraps around.
     """
+    _check_real("fft_conv", x, K, D)
     l = x.shape[1]
+    if K.shape[-1] != l:
+        raise ValueError(f"fft_conv: K has {K.shape[-1]} steps, x has {l}")
     size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
     wide = x.to(_wide_dtype(x))
     with _no_autocast(x.device):  # there is no FFT in bfloat16
@@ -347,7 +380,7 @@ def legs_basis(age, n):
 def dplr_legs(n):
     """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
 
-    In floating point A cannot be diagonalized: its eigenvectors are so nearly parallel that n = 16 already costs up to
+    A cannot be diagonalized without losing digits: its eigenvectors are so nearly parallel that n = 16 already costs up to
     11 digits. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
     diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
     A mode is an eigenvector with its eigenvalue. For even n they come in conjugate pairs (P, B up to a phase), by
@@ -399,7 +432,7 @@ def s4_kernel(dt, Lambda, P, B, C, l):
 
     S4's own way (appendix C.3) takes no steps: from C' = C (1 - Abar^l), which it learns in the place of C, a Cauchy
     matrix gives K at once. tests/dense.py has it; the two agree to 1e-12. We learn C, so that l may change at will, and
-    C Abar^l would take as many steps as K does. K is made once for all sequences of a batch.
+    C Abar^l would take l steps as well, or log l products of full matrices. K is made once for all sequences of a batch.
     """
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     return _answers(times, Bbar, C, l)
@@ -414,7 +447,9 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
     """
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
+    _check_real("s4", x, dt, D)
     l = x.shape[1]
+    end = _steps(upto, l)
     wide, dt = _widen(x, dt)
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
@@ -423,11 +458,11 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
         for x_t in wide.unbind(1):
             hs.append(times(hs[-1]) + Bbar * x_t[..., None])
         y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
-        return _skip(y, wide, D).to(x.dtype), hs[l if upto is None else upto]
+        return _skip(y, wide, D).to(x.dtype), hs[end]
     y = fft_conv(wide, _answers(times, Bbar, C, l), D)
     if h0 is not None:
         y = y + _answers(times, times(h0), C, l).mT
-    for x_t in wide[:, :upto].unbind(1):
+    for x_t in wide[:, :end].unbind(1):
         h = times(h) + Bbar * x_t[..., None]
     return y.to(x.dtype), h
 
@@ -437,11 +472,6 @@ def _is_recurrence(impl, l):
     if impl not in ("recurrence", "convolution", "auto"):
         raise ValueError(f'impl "{impl}" is not one of recurrence, convolution, auto')
     return impl == "recurrence" or impl == "auto" and l == 1
-
-
-def _skip(y, x, D):
-    """y + D x, or y where there is no D."""
-    return y if D is None else torch.addcmul(y, x, D)
 
 
 # S4D: A diagonal, zero-order hold. A system is n separate complex numbers
@@ -487,10 +517,12 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     auto is a recurrence for l = 1 only. The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t
     whatever x is, and h is a sum over the inputs.
     """
-    _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), C=(C, "d n"), D=(D, "d"),
-           h0=(h0, "b d n"))
+    tensor_B = B if isinstance(B, torch.Tensor) else None
+    _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), B=(tensor_B, "d n"), C=(C, "d n"),
+           D=(D, "d"), h0=(h0, "b d n"))
+    _check_real("s4d", x, dt, D)
     l = x.shape[1]
-    end = l if upto is None else upto
+    end = _steps(upto, l)
     wide, dt = _widen(x, dt)
     z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
@@ -567,21 +599,23 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
     _check_real("selective_scan", x, dt, A, B, C, D, h0)
-    if upto is not None and upto < sizes["l"]:
+    end = _steps(upto, sizes["l"])
+    if 0 < end < sizes["l"]:
+        first = [t[:, :end] for t in (x, dt, B, C)]
         y, _ = selective_scan(x, dt, A, B, C, D, h0, impl)
-        if upto == 0:
-            return y, h0
-        x, dt, B, C = (t[:, :upto] for t in (x, dt, B, C))
-        return y, selective_scan(x, dt, A, B, C, None, h0, impl)[1]
+        return y, selective_scan(*first[:2], A, *first[2:], None, h0, impl)[1]
     if impl == "triton" or impl == "auto" and _takes_triton(x, sizes["n"]):
-        return _selective_triton(x, dt, A, B, C, D, h0)
+        y, h = _selective_triton(x, dt, A, B, C, D, h0)
+        if end == 0:
+            h = torch.zeros_like(h) if h0 is None else h0.to(h.dtype)
+        return y, h
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     if h0 is None:
         h0 = wide.new_zeros(sizes["b"], sizes["d"], sizes["n"])
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SELECTIVE_SCANS)
     with _no_autocast(x.device):
         y, h = path(wide, dt, A, B, C, h0)
-        return _skip(y, wide, D).to(x.dtype), h
+        return _skip(y, wide, D).to(x.dtype), h if end else h0
 
 
 def _selective_naive(x, dt, A, B, C, h):
@@ -602,7 +636,8 @@ def _selective_parallel(x, dt, A, B, C, h0):
 
 
 class ChunkedSelectiveScan(torch.autograd.Function):
-    """Chunk after chunk, each small enough that its states stay in the processor's cache.
+    """Chunk after chunk, each small enough, where possible, that its states stay in the processor's cache. (These are
+    not the chunks of section 2: nothing runs at once along l, and a chunk is what is held at a time.)
 
     apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. This class and
     the two functions below it stand alone. Forward keeps the state before every chunk and forgets the rest; backward
@@ -630,20 +665,24 @@ class ChunkedSelectiveScan(torch.autograd.Function):
             start.copy_(h)
             _, hs = _chunk_states(dt[:, s], A, u[:, s], B[:, s], start, buffers)
             y[:, s] = (C[:, s, None] @ hs).squeeze(2)
-            h = hs[:, -1]
+            h = hs[:, -1]  # a view of a buffer, copied into the next start first
         ctx.save_for_backward(x, dt, A, B, C, starts)
         return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dy, dh):
-        x, dt, A, B, C, starts = ctx.saved_tensors
+        with _no_autocast(dy.device):
+            return ChunkedSelectiveScan.gradients(*ctx.saved_tensors, dy, dh)
+
+    @staticmethod
+    def gradients(x, dt, A, B, C, starts, dy, dh):
         b, l, d = x.shape
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
-        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1}, from the step after the chunk
+        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1} of the step after the chunk; at first dL/dh_last
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
             x_s, dt_s, dy_s = x[:, s], dt[:, s], dy[:, s]
             u = dt_s * x_s
@@ -697,7 +736,7 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 # with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
 # and chunks of 2, the matrix L * (C B^T) that maps u to y is
 #
-#     [ x          ]    On the diagonal stands attention inside a chunk. Below it every block has low rank n:
+#     [ x          ]    On the diagonal stands attention inside a chunk. Below it every block has rank n at most:
 #     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
 #     [ o o x      ]    2. states are carried from chunk to chunk (section 2's scan),
 #     [ o o x x    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
@@ -707,7 +746,7 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #                work per head          memory beside the inputs      what it is
 #    naive       2 l n p                autograd keeps every state    the recurrence
 #    quadratic   l^2 (n + p)            l^2 per head                  masked attention
-#    chunked     l (q (n + p) + 2 n p)  some l (q + n p / q)          attention in chunks of q, a scan between them
+#    chunked     l (q (n + p) + 2 n p)  times l (q + n p / q)         attention in chunks of q, a scan between them
 #
 # The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
 # linear attention (call scan), a matrix a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
@@ -726,16 +765,18 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     _check_real("ssd", x, dt, A, B, C, D, h0)
     if sizes["g"] == 0 or sizes["nh"] % sizes["g"]:
         raise ValueError(f"ssd: {sizes['nh']} heads do not divide into {sizes['g']} groups")
+    end = _steps(upto, sizes["l"])
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     if h0 is None:
         h0 = wide.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(x.device):
-        y, h = path(dt[..., None] * wide, dt * A, B, C, h0, upto)
+        log_a = (dt * A).clamp(min=-1e30)  # -inf times a zero would be NaN
+        y, h = path(dt[..., None] * wide, log_a, B, C, h0, end)
         return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
 
 
-def _ssd_naive(u, log_a, B, C, h0, upto=None):
+def _ssd_naive(u, log_a, B, C, h0, end):
     """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
     B = _per_head(B, u.shape[2], 2)
     C = _per_head(C, u.shape[2], 2)
@@ -745,7 +786,7 @@ def _ssd_naive(u, log_a, B, C, h0, upto=None):
         h = a_t[..., None, None] * hs[-1] + u_t[..., None] * B_t[:, :, None]
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
         hs.append(h)
-    return torch.stack(ys, dim=1), hs[-1 if upto is None else upto]
+    return torch.stack(ys, dim=1), hs[end]
 
 
 def _per_head(t, heads, dim):
@@ -754,34 +795,35 @@ def _per_head(t, heads, dim):
     return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
 
 
-def _ssd_quadratic(u, log_a, B, C, h0, upto=None):
+def _ssd_quadratic(u, log_a, B, C, h0, end):
     """Masked attention over the whole length."""
     parts = _heads_first(u, log_a, B, C)
     y = _attend(*parts, h0).transpose(1, 2)
-    return y, _last_state(*(t[:, :, :upto] for t in parts), h0)
+    return y, _last_state(*(t[:, :, :end] for t in parts), h0)
 
 
-def _ssd_chunked(u, log_a, B, C, h0, upto=None, size=32):
+def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
     """The three steps above; a last chunk that is shorter goes by itself."""
     b, l = u.shape[:2]
     if l <= size:
-        return _ssd_quadratic(u, log_a, B, C, h0, upto)
-    if upto is not None and upto < l:
-        first = [t[:, :upto] for t in (u, log_a, B, C)]
-        return _ssd_chunked(u, log_a, B, C, h0)[0], _last_state(*_heads_first(*first), h0)
-    whole = l // size * size
-    chunks = [t[:, :whole].unflatten(1, (-1, size)) for t in (u, log_a, B, C)]
+        return _ssd_quadratic(u, log_a, B, C, h0, end)
+    if end < l:
+        first = [t[:, :end] for t in (u, log_a, B, C)]
+        return _ssd_chunked(u, log_a, B, C, h0, l)[0], _last_state(*_heads_first(*first), h0)
+    count = l // size
+    whole = count * size
+    chunks = [t[:, :whole].unflatten(1, (count, size)) for t in (u, log_a, B, C)]
     parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
-    ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, -1))  # 1, from zero
+    ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, count))  # 1, from zero
     decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
     h = scan(decays, ends, h0, "naive")  # 2
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
-    y = y.unflatten(0, (b, -1)).flatten(1, 2)
+    y = y.unflatten(0, (b, count)).flatten(1, 2)
     if whole == l:
         return y, h[:, -1].clone()  # a view would keep the states of all chunks
     tail = [t[:, whole:] for t in (u, log_a, B, C)]
-    y_tail, h_last = _ssd_quadratic(*tail, h[:, -1])
+    y_tail, h_last = _ssd_quadratic(*tail, h[:, -1], l)
     return torch.cat([y, y_tail], dim=1), h_last
 
 
@@ -797,8 +839,8 @@ def _decays(log_a):
         [1 0 0] [0 0 0]   [ 0   0 0]             [1        0    0]
         [1 1 0] [s 0 0] = [ s   0 0]       L =   [e^s      1    0]
         [1 1 1] [t t 0]   [s+t  t 0]             [e^(s+t)  e^t  1]
-    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits: in float32, 0.3 % of a decay
-    after a sum of 40,000.
+    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in float32,
+    0.3 % of a decay after a sum of 40,000.
     """
     lower = torch.ones(log_a.shape[-1], log_a.shape[-1], dtype=log_a.dtype, device=log_a.device).tril()
     return (lower @ (log_a[..., None] * lower.tril(-1))).exp() * lower
@@ -808,7 +850,7 @@ def _attend(u, log_a, B, C, h0):
     """y_i = a_i ... a_0 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     heads = u.shape[1]
     scores = _decays(log_a) * _per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
-    from_h0 = h0.unflatten(1, (C.shape[1], -1)).flatten(2, 3) @ C.mT  # one product per group
+    from_h0 = h0.unflatten(1, (C.shape[1], -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l)
     from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
     return torch.addcmul(scores @ u, log_a.cumsum(-1).exp()[..., None], from_h0)
 
@@ -1089,7 +1131,7 @@ class _SelectiveTriton(torch.autograd.Function):
         return y, last.mT.contiguous()
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dy, dh):
         dx, ddt, dA, dB, dC, dD, dh0 = _backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
         return dx, ddt, dA.mT, dB, dC, dD, dh0.mT

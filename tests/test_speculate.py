@@ -330,7 +330,7 @@ def test_the_state_after_no_position_is_the_state_before(kind):
     _, none = model(text, None, 0)
     close(model(text[:, :9], none)[0], want)
     for upto in (21, -1):
-        with pytest.raises(ValueError, match=f"upto {upto} is not from 0 to 20"):
+        with pytest.raises(ValueError, match=f"upto is {upto}, expected from 0"):
             model(text, None, upto)
 
 

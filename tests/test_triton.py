@@ -243,7 +243,7 @@ def test_operators_keep_their_contract():
 
 def test_complex_numbers_are_refused():
     x, dt, A, *rest = inputs(3)
-    with pytest.raises(ValueError, match="selective_scan is for real numbers"):
+    with pytest.raises(ValueError, match="takes real floats here"):
         kernels(x, dt, A.to(torch.complex128), *rest)
 
 
