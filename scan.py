@@ -11,8 +11,8 @@
     6  the selective scan as GPU kernels
 
 To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own, and section 6 is for GPUs; nothing else needs
-them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients. An argument `upto`
-asks for the state after the first upto steps, for callers that read ahead (speculation in sample.py).
+them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients. An argument
+`upto` asks for the state after the first upto steps, for callers that read ahead (speculation in sample.py).
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. ChunkedSelectiveScan with the two
 functions below it is 90 lines that stand alone.
 
@@ -159,7 +159,8 @@ def discretize(dt, A, B, rule="mamba"):
 
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs
     by the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
-    where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is empirical.
+    where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an
+    empirical one.
     """
     z = dt * A
     if rule == "mamba":
@@ -247,8 +248,9 @@ def _associative(a, b):
 class _Scan(torch.autograd.Function):
     """A scan by a function that need not be differentiable, and its gradients by the same function.
 
-    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that reaches
-    h_t as an output, and g_t all that reaches it, also through later states. Then (conj is torch's rule for complex a)
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that
+    reaches h_t as an output, and g_t all that reaches it, also through later states. Then, with torch's rule for
+    complex numbers,
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
     """
 
@@ -380,8 +382,8 @@ def legs_basis(age, n):
 def dplr_legs(n):
     """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
 
-    A cannot be diagonalized without losing digits: its eigenvectors are so nearly parallel that n = 16 already costs up to
-    11 digits. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
+    A cannot be diagonalized without losing digits: its eigenvectors are so nearly parallel that n = 16 already costs up
+    to 11. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
     diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
     A mode is an eigenvector with its eigenvalue. For even n they come in conjugate pairs (P, B up to a phase), by
     ascending Im Lambda, so the first is the last one's conjugate.
@@ -432,7 +434,7 @@ def s4_kernel(dt, Lambda, P, B, C, l):
 
     S4's own way (appendix C.3) takes no steps: from C' = C (1 - Abar^l), which it learns in the place of C, a Cauchy
     matrix gives K at once. tests/dense.py has it; the two agree to 1e-12. We learn C, so that l may change at will, and
-    C Abar^l would take l steps as well, or log l products of full matrices. K is made once for all sequences of a batch.
+    C Abar^l would take l steps as well, or log l products of full matrices. K is made once for a whole batch.
     """
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     return _answers(times, Bbar, C, l)
@@ -839,8 +841,8 @@ def _decays(log_a):
         [1 0 0] [0 0 0]   [ 0   0 0]             [1        0    0]
         [1 1 0] [s 0 0] = [ s   0 0]       L =   [e^s      1    0]
         [1 1 1] [t t 0]   [s+t  t 0]             [e^(s+t)  e^t  1]
-    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in float32,
-    0.3 % of a decay after a sum of 40,000.
+    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in
+    float32, 0.3 % of a decay after a sum of 40,000.
     """
     lower = torch.ones(log_a.shape[-1], log_a.shape[-1], dtype=log_a.dtype, device=log_a.device).tril()
     return (lower @ (log_a[..., None] * lower.tril(-1))).exp() * lower
@@ -895,8 +897,8 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # takes the chunks of 16 steps, the last one first: from the state that forward kept it walks forward through the chunk,
 # writes each state into a scratch of 16 tiles, and walks back through it.
 #
-# Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order. There are no atomics,
-# so two runs give the same bits. The parts have n^2/256 times as many numbers as x, for n a power of two: hence n <= 64.
+# Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order. There are no
+# atomics, so two runs give the same bits. The parts have n^2/256 times as many numbers as x: hence n <= 64.
 
 CHUNK = 16  # steps between the states that are kept
 TILE = 512  # numbers of a tile, 16 per thread

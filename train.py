@@ -80,8 +80,8 @@ def parse(cls, argv, description):
 
 
 def script(main):
-    """main(argv) that ends in one line: status 2 after an error that the user can mend, 130 after Ctrl-C or where nobody
-    reads standard output any more. What its encoding cannot show is shown as a question mark."""
+    """main(argv) that ends in one line: status 2 after an error that the user can mend, 130 after Ctrl-C or where
+    nobody reads standard output any more. What its encoding cannot show is shown as a question mark."""
     @wraps(main)
     def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
@@ -193,9 +193,10 @@ def agree(run, nats, seconds):
 # 3. What is predicted: an objective turns bytes into tokens to read and targets to predict from them
 #
 # draw(before, targets, seed, first) takes two int64 arrays (b, l), where before[t] is the byte that comes before
-# targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of `first`, the number of windows drawn before
-# these, so a resumed run and several processes draw the same. A window's loss is the mean over its targets.
-# A task (data/synthetic.py) makes windows of its own instead of cutting a text: task(length, batch, seed, step).
+# targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of
+# `first`, the number of windows drawn before these, so a resumed run and several processes draw the same. A window's
+# loss is the mean over its targets. A task (data/synthetic.py) makes windows of its own instead of cutting a text:
+# task(length, batch, seed, step).
 
 TASK_WINDOWS = 512  # on which a task is scored
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -208,7 +209,7 @@ class Objective(NamedTuple):
 
 
 def choose(k, l, seed, first, span=1):
-    """Booleans (b, l) with k[i] of them True in row i, chosen at random in runs of span; and the generator to go on with.
+    """Booleans (b, l), k[i] of them True in row i, chosen at random in runs of span; and the generator to go on with.
 
     Each run has a random number, and the k places with the smallest are chosen. l = 6, span = 2, k = 3: the runs are
     0 1 1 2 2 3, the first cut short; numbers .7 .1 .9 .4 give the ranks 3 0 1 4 5 2, and places 1, 2 and 5.

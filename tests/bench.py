@@ -1,18 +1,18 @@
 """How fast is it, beside other people's code: python -m tests.bench NAME [--quick] [--rounds N] [--json FILE]
 
     scan        the selective scan, forward and backward, by length, and its error against float64
-    ssd         the Mamba-2 scan and whole models, by length
+    ssd         the Mamba-2 scan; training by length of the windows
     train       training, bytes/s, against mambapy and transformers
     decode      writing, bytes/s, against the same, and ms per byte as the context grows
     s4          kernels, training, the error of convolutions against steps, what a HiPPO state remembers
     published   loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
     speculate   speculative against plain writing, by drafter and guesses; trains its models first
-    gpu         the kernels beside the GPU's limits, their errors, training, and captured decoding
+    gpu         the kernels beside the GPU's limits, and captured decoding
 
 Is my change slower? Run `python -m tests.bench train --json before.json`, change, run it again with another file, and
 compare the `seconds` of a row with those of a row that the change does not touch: a machine's speed moves from run to
-run. To measure something new, write make(..., device=...) that returns functions to time, as make_scan does below, and
-hand Cells of it to compare. studies.py trains models and scores them, figures.py draws both files' results.
+run. To measure something new, write make(..., device=...) that returns the function to time, as make_scan does below,
+and hand Cells of it to compare. studies.py trains models and scores them, figures.py draws both files' results.
 
 Every path lives in a process of its own, a worker, so its peak memory is its own. The workers of a group start together
 and are called in turn, round after round, so a busy machine hits all alike. Times are medians. Fresh memory costs a CPU
@@ -21,12 +21,10 @@ is reused, as train.py does). A path that cannot run, perhaps because its packag
 """
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -47,8 +45,8 @@ import train
 from data.corpus import load_corpus
 from data.files import UserError
 from model import LM, MIXERS, Config, load, save
-from sample import (ByteDrafter, CopyDrafter, CountDrafter, SubwordDrafter, capture_step, fast_step,
-                    filter_logits, generate, prefill, speculate)
+from sample import (ByteDrafter, CountDrafter, SubwordDrafter, fast_step, filter_logits, generate,
+                    prefill, speculate)
 from scan import (discretize, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
                   tl, triton)
 from tests.dense import discretize_dense
@@ -68,10 +66,14 @@ class Flags:
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The harness
 
+LIMIT = 400   # seconds after which a worker is given up; it may compile, or have been killed
+ENOUGH = 2.0  # seconds of calls after which a path sits out the remaining rounds
+ONCE = 5.0    # a call that takes longer is the only one
+
 
 @dataclass
 class Cell:
-    """A path to measure: make(**args, device=...) runs in the worker and returns {mode: function}."""
+    """A path to measure: make(**args, device=...) runs in the worker and returns the function to time."""
     path: str
     make: callable
     args: dict
@@ -79,45 +81,37 @@ class Cell:
     work: int = 0            # bytes of text per call; with 0 there is no bytes/s
 
 
-def serve(pipe, cell, device):
-    """The worker: sends its modes, then answers (mode, warm) with call's seconds and peak, or with an error's text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def begin(cell, device):
+    """In the worker: makes the function to time."""
+    global function, base
     warnings.simplefilter("ignore")
-    try:
-        one = torch.ones(1, requires_grad=True)
-        torch.autograd.grad(2 * one, one)  # the first gradient imports 40 MB of modules
-        if cell.memory == "kept":
-            keep_memory()
-        functions = cell.make(**cell.args, device=device)
-        base = held("VmRSS", device)
-        pipe.send(list(functions))
-        while True:
-            mode, warm = pipe.recv()
-            times, peak = call(functions[mode], device, warm)
-            pipe.send((times, max(0, peak - base)))
-    except (EOFError, BrokenPipeError):  # the parent has all it wants
-        pass
-    except Exception as e:  # an error is a path's result
-        pipe.send(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
+    one = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(2 * one, one)  # the first gradient imports 40 MB of modules
+    if cell.memory == "kept":
+        keep_memory()
+    function = cell.make(**cell.args, device=device)
+    base = held("VmRSS", device)
+    return [], 0
 
 
-def call(f, device, warm):
-    """([seconds of a call, ...], peak of memory): as many calls as fit into a fifth of a second, at least one.
+def calls(device, warm):
+    """In the worker: ([seconds of a call, ...], peak), as many calls as fit into a fifth of a second, at least one.
 
-    To warm up, two calls, of which the last counts, since the first sets up threads; only one if it takes a second.
+    To warm up, two calls, since the first sets up threads; only one if it takes a second. They do not count, except
+    one so long that it is the only one. The peak begins anew with each.
     """
     times = []
     limit = 1 if warm else 0.2
-    most = 2 if warm else math.inf
-    while sum(times) < limit and len(times) < most:
+    while sum(times) < limit and not (warm and len(times) == 2):
         if warm:
             reset_peak(device)
-        times.append(timed(f, device))
-    times = times[-1:] if warm else times
-    return times, held("VmHWM", device)
+        times.append(timed(function, device))
+    if warm:
+        times = [t for t in times if t > ONCE]
+    return times, max(0, held("VmHWM", device) - base)
 
 
-def timed(f, device):
+def timed(f, device=torch.device("cpu")):
     """Seconds of a call."""
     began = time.perf_counter()
     f()
@@ -148,138 +142,99 @@ def reset_peak(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-START = 400   # seconds after which a worker is given up while it starts, since it may compile
-CALL = 100    # the same for one call
-ENOUGH = 2.0  # seconds of calls after which a path sits out the remaining rounds
-ONCE = 5.0    # a call that takes longer is the only one
-
-
 class Worker:
     """The parent's end of a worker; after an error it only remembers what went wrong."""
 
     def __init__(self, cell, device):
         self.cell = cell
+        self.device = device
         self.error = None
-        self.modes = []
-        self.times = {}
-        self.peak = {}
-        context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, cell, device))
+        self.times = []
         os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(cell.memory == "huge pages"))  # torch reads it
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports missing kernels
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers compile side by side
-        self.process.start()
-        theirs.close()
+        context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
+        ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        self.pool = context.Pool(1, *ignore)
+        self.begun = self.pool.apply_async(begin, (cell, device))
 
-    def answer(self, *question, limit=CALL):
-        """The worker's answer; None from the first error on."""
-        if self.error:
-            return None
+    def turn(self, warm=False):
+        """Have calls made and keep their times."""
+        if sum(self.times) < (ENOUGH if len(self.times) > 1 else ONCE) and not self.error:
+            self.keep(self.pool.apply_async(calls, (self.device, warm)))
+
+    def keep(self, answer):
+        """Wait for what a worker returns, or for its error, which is a path's result too."""
         try:
-            if question:
-                self.pipe.send(question)
-            answer = f"not done after {limit} s"
-            if self.pipe.poll(limit):
-                answer = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(10)
-            status = self.process.exitcode
-            answer = f"the process ended with status {status} (-9 is mostly: out of memory)"
-        if isinstance(answer, str):
-            self.error = answer
-            self.process.kill()
-            return None
-        return answer
+            times, self.peak = answer.get(LIMIT)
+            self.times += times
+        except multiprocessing.TimeoutError:
+            self.error = f"not done after {LIMIT} s, or out of memory"
+        except Exception as e:
+            self.error = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
 
-    def warm(self):
-        for mode in self.modes:
-            times, self.peak[mode] = self.answer(mode, True) or ([0], 0)
-            self.times[mode] = times if times[0] > ONCE else []
-
-    def turn(self):
-        for mode, times in self.times.items():
-            if sum(times) < (ENOUGH if len(times) > 1 else ONCE):
-                more, _ = self.answer(mode, False) or ([], 0)
-                times += more
-
-    def rows(self, table, sizes):
-        """One row per mode, or one that says what went wrong."""
-        row = {"table": table, "path": self.cell.path, "memory": self.cell.memory, **sizes}
+    def row(self):
+        row = {"path": self.cell.path, "memory": self.cell.memory}
         if self.error:
-            return [{**row, "mode": "failed", "error": self.error}]
-        return [{**row, "mode": mode, **self.figures(mode)} for mode in self.times]
-
-    def figures(self, mode):
-        times = self.times[mode]
-        work = self.cell.work
-        seconds = statistics.median(times)
-        found = {"seconds": seconds, "seconds_min": min(times), "calls": len(times),
-                 "peak_mb": self.peak[mode] / 1e6}
-        if work:
-            found |= {"bytes_per_second": work / seconds, "ms_per_byte": 1e3 * seconds / work}
-        return found
+            return row | {"mode": "failed", "error": self.error}
+        seconds = statistics.median(self.times)
+        row |= {"seconds": seconds, "seconds_min": min(self.times), "calls": len(self.times),
+                "peak_mb": self.peak / 1e6}
+        if work := self.cell.work:
+            row |= {"bytes_per_second": work / seconds, "ms_per_byte": 1e3 * seconds / work}
+        return row
 
 
 def measure(cells, device, rounds):
-    """The workers of cells that run side by side, with their times and peaks."""
+    """The rows of cells that run side by side."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports missing kernels
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers compile side by side
     workers = []
     try:
         for cell in cells:
             workers.append(Worker(cell, device))
         for w in workers:
-            w.modes = w.answer(limit=START) or []
-        for w in workers:
-            w.warm()
-        for _ in range(rounds):
+            w.keep(w.begun)
+        for i in range(rounds + 1):
             for w in workers:
-                w.turn()
+                w.turn(warm=i == 0)
     finally:
         for w in workers:
-            w.pipe.close()  # it ends by itself, unless it hangs
-            w.process.join(5)
-            w.process.kill()
-    return workers
+            w.pool.terminate()
+    return [w.row() for w in workers]
 
 
-def compare(table, sizes, cells, c):
+def compare(table, mode, sizes, cells, c):
     """Measure a group of cells and print it; the dict sizes names the group in each of its rows.
 
-    A ratio is the time over that of the group's first cell that ran in the same mode and kind of memory. On a GPU,
-    whose memory all would share, one cell runs after the other.
+    A ratio is the time over that of the group's first cell that ran in the same kind of memory. On a GPU, whose
+    memory all would share, one cell runs after the other.
     """
     device = pick_device(c.device)
     groups = [cells] if device.type == "cpu" else [[cell] for cell in cells]
     rows = []
     first = {}
-    for group in groups:
-        for worker in measure(group, device, 1 if c.quick else c.rounds):
-            rows += worker.rows(table, sizes)
-    for row in rows:
-        if "seconds" in row:
-            unit = first.setdefault((row["mode"], row["memory"]), row["seconds"])
-            row["ratio"] = row["seconds"] / unit
-    show(table, sizes, rows)
+    print(f"\n{table}, {mode}, {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    print(f"{'':42}{'ms':>10}{'min':>10}{'ratio':>7}{'peak MB':>9}{'bytes/s':>9}")
+    for row in [row for group in groups for row in measure(group, device, c.rounds)]:
+        text = row.get("error")
+        if not text:
+            row["ratio"] = row["seconds"] / first.setdefault(row["memory"], row["seconds"])
+            text = (f"{1e3 * row['seconds']:10.2f}{1e3 * row['seconds_min']:10.2f}"
+                    f"{row['ratio']:7.2f}{row['peak_mb']:9.0f}")
+            if "bytes_per_second" in row:
+                text += f"{row['bytes_per_second']:9,.0f}"
+        memory = "" if row["memory"] == "default" else ", " + row["memory"]
+        print(f"  {row['path'] + memory:40}{text}", flush=True)
+        rows.append({"table": table, "mode": mode, **sizes, **row})
     return rows
 
 
-def show(table, sizes, rows):
-    """A group as a table, mode by mode."""
-    print(f"\n{table}, {', '.join(f'{name} {size}' for name, size in sizes.items())}")
-    print(f"{'':44}{'ms':>10}{'min':>10}{'ratio':>7}{'peak MB':>9}{'bytes/s':>9}")
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        print(f"  {mode}")
-        for row in rows:
-            if row["mode"] == mode:
-                memory = "" if row["memory"] == "default" else ", " + row["memory"]
-                figures = row.get("error") or numbers(row)
-                print(f"    {row['path'] + memory:40}{figures}", flush=True)
-
-
-def numbers(row):
-    speed = row.get("bytes_per_second")
-    return (f"{1e3 * row['seconds']:10.2f}{1e3 * row['seconds_min']:10.2f}{row['ratio']:7.2f}"
-            f"{row['peak_mb']:9.0f}{'' if speed is None else f'{speed:9,.0f}'}")
+def tell(rows):
+    """Rows that are no times, each on a line; returns them."""
+    for row in rows:
+        words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in row.items())
+        print("  " + ", ".join(words), flush=True)
+    return rows
 
 
 def kinds_of_memory(c, *kinds):
@@ -288,17 +243,97 @@ def kinds_of_memory(c, *kinds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. scan: the example to copy
+# 2. Other people's code, imported in the worker
+
+CHUNK = 64  # transformers' Mamba-2: the fastest of 16 .. 256 on a CPU, 256 is its default
+
+
+def mambapy_scan():
+    from mambapy.mamba import MambaBlock
+    return functools.partial(MambaBlock.selective_scan, None)  # it never looks at its self
+
+
+def transformers_scan():
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
+
+
+def official_scan():
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    return selective_scan_fn
+
+
+def transformers_ssd():
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D)
+
+
+def mambapy_model(d_model, n_layer):
+    """Its own language model cannot be imported without the CUDA package."""
+    from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+    config = MambaConfig(d_model=d_model, n_layers=n_layer)
+    embedding = nn.Embedding(256, d_model)
+    body = Mamba(config)
+    norm = RMSNorm(d_model)
+    head = nn.Linear(d_model, 256, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, body, norm, head)
+
+    def step(token, caches=None, last=True):
+        zeros = functools.partial(torch.zeros, 1, config.d_inner, device=token.device)
+        if caches is None:
+            caches = [(zeros(config.d_state), zeros(config.d_conv - 1)) for _ in body.layers]
+        x, caches = body.step(embedding(token[:, 0]), list(caches))
+        return head(norm(x))[:, None], caches
+
+    return model, model, step
+
+
+def transformers_model(layer, d_model, n_layer):
+    """Its Mamba takes mambapy's scan, since its own loop, also compiled, is slower."""
+    import transformers
+    sizes = {"hidden_size": d_model, "num_hidden_layers": n_layer, "vocab_size": 256,
+             "state_size": N[layer]}
+    if layer == "mamba":
+        config = transformers.MambaConfig(**sizes, use_mambapy=True)
+        model = transformers.MambaForCausalLM(config)
+    else:
+        p = min(64, d_model)
+        config = transformers.Mamba2Config(**sizes, head_dim=p, num_heads=2 * d_model // p,
+                                           n_groups=1, chunk_size=CHUNK, tie_word_embeddings=True)
+        model = transformers.Mamba2ForCausalLM(config)
+
+    def step(token, cache=None, last=True):
+        out = model(token, cache_params=cache, use_cache=True)
+        return out.logits, out.cache_params
+
+    return model, lambda tokens: model(tokens, use_cache=False).logits, step
+
+
+# an operation's factory returns f(x, dt, A, B, C, D) -> y; a model's returns the same as language_model
+PEERS = {"mambapy pscan": mambapy_scan, "transformers loop": transformers_scan,
+         "mamba-ssm": official_scan, "transformers": transformers_ssd,
+         "mambapy mamba": mambapy_model,
+         "transformers mamba": functools.partial(transformers_model, "mamba"),
+         "transformers mamba2": functools.partial(transformers_model, "mamba2")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. scan: the example to copy
 
 SCANS = ("chunked", "parallel", "naive", "mambapy pscan", "transformers loop")
 
 
-def forward_and_backward(f, inputs, dy):
-    """Two modes: the values alone, and the values with the gradients of inputs."""
-    leaves = [t.requires_grad_() for t in inputs]
-    forward = torch.no_grad()(lambda: f(*inputs))
-    both = lambda: torch.autograd.grad(f(*inputs), leaves, dy)
-    return {"forward": forward, "forward+backward": both}
+def operation(path, ours):
+    """f(x, dt, A, B, C, D) -> y: a peer's, or ours with impl=path."""
+    return PEERS[path]() if path in PEERS else lambda *inputs: ours(*inputs, impl=path)[0]
+
+
+def with_gradients(f, inputs, dy):
+    """f(*inputs) and the gradients of all inputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = f(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
 def scan_inputs(b, l, d, n, device, dt_max=0.1):
@@ -311,31 +346,12 @@ def scan_inputs(b, l, d, n, device, dt_max=0.1):
     return [t.to(device) for t in (x, dt, A, B, C, D, dy)]
 
 
-def in_layout(path, dtype, tensors):
-    """x, dt, B, C and dy, all that has three axes, in dtype and in the path's order of axes."""
-    narrow = [t.to(getattr(torch, dtype)) if t.ndim == 3 else t for t in tensors]
-    if path == "mamba-ssm":  # length last
-        return [t.mT.contiguous() if t.ndim == 3 else t for t in narrow]
-    return narrow
-
-
-def scan_path(path):
-    """f(x, dt, A, B, C, D) -> y."""
-    if path == "mambapy pscan":
-        from mambapy.mamba import MambaBlock
-        return functools.partial(MambaBlock.selective_scan, None)  # it never looks at its self
-    if path == "mamba-ssm":
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        return lambda x, dt, A, B, C, D: selective_scan_fn(x, dt, A, B, C, D)
-    if path == "transformers loop":
-        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-        return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
-    return lambda *inputs: selective_scan(*inputs, impl=path)[0]
-
-
 def make_scan(path, device, dtype="float32", **sizes):
-    *inputs, dy = in_layout(path, dtype, scan_inputs(**sizes, device=device))
-    return forward_and_backward(scan_path(path), inputs, dy)
+    tensors = scan_inputs(**sizes, device=device)
+    *inputs, dy = (t.to(getattr(torch, dtype)) if t.ndim == 3 else t for t in tensors)
+    if path == "mamba-ssm":  # length last
+        *inputs, dy = (t.mT.contiguous() if t.ndim == 3 else t for t in (*inputs, dy))
+    return functools.partial(with_gradients, operation(path, selective_scan), inputs, dy)
 
 
 def bench_scan(c):
@@ -351,54 +367,41 @@ def bench_scan(c):
             few = [p for p in paths if p in ("chunked", "mambapy pscan")]  # to save time
             for path in few if kind == "huge pages" else paths:
                 cells.append(Cell(path, make_scan, {"path": path, "l": l, **sizes}, kind))
-        rows += compare("selective scan", {**sizes, "l": l}, cells, c)
+        rows += compare("selective scan", "forward+backward", {**sizes, "l": l}, cells, c)
     return rows + scan_errors(c)
 
 
-def scan_errors(c, paths=SCANS[:4], dtype="float32"):
+def relative_error(got, exact):
+    error = (got - exact).abs().max() / exact.abs().max()
+    return float(f"{error.item():.2e}")
+
+
+def scan_errors(c):
     """Largest deviation from the float64 recurrence over its largest value, where errors have time to grow."""
     rows = []
     device = pick_device(c.device)
-    sizes = {"b": 1, "l": 33, "d": 4, "n": 3}
-    if not c.quick:
-        sizes = {"b": 2, "l": 4001, "d": 64, "n": 16}
-    print(f"\nrelative error (max norm) against the float64 recurrence, {dtype}, {sizes}")
+    sizes = {"b": 1, "l": 33, "d": 4, "n": 3} if c.quick else {"b": 2, "l": 4001, "d": 64, "n": 16}
     for dt_max in (0.1, 5.0):
-        inputs = in_layout("", dtype, scan_inputs(**sizes, device=device, dt_max=dt_max))
-        exact = output_and_gradients("naive", [t.double() for t in inputs])
-        for path in paths:
-            row = {"table": "error", "path": path, "dtype": dtype, "dt_max": dt_max, **sizes}
+        *inputs, dy = scan_inputs(**sizes, device=device, dt_max=dt_max)
+        naive = operation("naive", selective_scan)
+        exact = with_gradients(naive, [t.double() for t in inputs], dy.double())
+        for path in SCANS[:4]:
+            row = {"table": "error", "path": path, "dt_max": dt_max, **sizes}
             try:
-                got = output_and_gradients(path, in_layout(path, dtype, inputs))
-                row["errors"] = {name: relative_error(got[name], t) for name, t in exact.items()}
-                worst = max(list(exact)[1:], key=row["errors"].get)
-                text = (f"output {row['errors']['y']:.1e}   "
-                        f"worst gradient {row['errors'][worst]:.1e}, of {worst}")
-            except Exception as e:  # a path that fails is a row, not the end
-                row["error"] = text = f"{type(e).__name__}: {e}"
-            rows.append(row)
-            print(f"  dt up to {dt_max:<5}{path:16}{text}")
+                got = with_gradients(operation(path, selective_scan), inputs, dy)
+                row["errors"] = {name: relative_error(a, b)
+                                 for name, a, b in zip(("y", *"x dt A B C D".split()), got, exact)}
+            except ImportError as e:
+                row["error"] = str(e)
+            rows += tell([row])
     return rows
 
 
-def output_and_gradients(path, inputs_and_dy):
-    *leaves, dy = (t.clone().requires_grad_() for t in inputs_and_dy)
-    y = scan_path(path)(*leaves)
-    gradients = torch.autograd.grad(y, leaves, dy.detach())
-    return dict(zip(("y", "x", "dt", "A", "B", "C", "D"), (y.detach(), *gradients)))
-
-
-def relative_error(got, exact):
-    got = got if got.shape == exact.shape else got.mT
-    return ((got - exact).abs().max() / exact.abs().max()).item()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. ssd and train: the operation and the whole model
+# 4. ssd and train: the operation and the whole model
 
 N = {"mamba": 16, "mamba2": 64, "s4": 64, "s4d": 64, "attention": 16}  # attention has no state
 TINY = {"b": 2, "l": 32, "d_model": 32, "n_layer": 1}  # for --quick
-CHUNK = 64  # transformers' Mamba-2: the fastest of 16 .. 256 on a CPU, 256 is its default
 
 
 def make_ssd(path, b, l, nh, p, n, device):
@@ -408,14 +411,7 @@ def make_ssd(path, b, l, nh, p, n, device):
     dt = torch.rand(b, l, nh, device=device) * 0.1
     A = -torch.arange(1.0, nh + 1, device=device)
     inputs = [x, dt, A, B, C, torch.ones(nh, device=device)]
-    if path != "transformers":
-        return forward_and_backward(lambda *inputs: ssd(*inputs, impl=path)[0], inputs, dy)
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-    def theirs(x, dt, A, B, C, D):
-        return mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D)
-
-    return forward_and_backward(theirs, inputs, dy)
+    return functools.partial(with_gradients, operation(path, ssd), inputs, dy)
 
 
 def our_config(layer, d_model, n_layer):
@@ -425,41 +421,17 @@ def our_config(layer, d_model, n_layer):
                   head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
 
 
-def transformers_config(layer, d_model, n_layer):
-    """The same shapes there. Its Mamba takes mambapy's scan, since its own loop, also compiled, is slower."""
-    import transformers
-    sizes = {"hidden_size": d_model, "num_hidden_layers": n_layer, "vocab_size": 256,
-             "state_size": N[layer]}
-    if layer == "mamba":
-        return transformers.MambaConfig(**sizes, use_mambapy=True)
-    p = min(64, d_model)
-    return transformers.Mamba2Config(**sizes, head_dim=p, num_heads=2 * d_model // p, n_groups=1,
-                                     chunk_size=CHUNK, tie_word_embeddings=True)
-
-
 def language_model(path, d_model, n_layer):
-    """(model, function from tokens to logits) for "mamba2", "transformers mamba", ..."""
-    who, layer = path.split() if " " in path else ("ours", path)
-    if who == "mambapy":  # its own LM cannot be imported without the CUDA package
-        from mambapy.mamba import Mamba as Body, MambaConfig, RMSNorm
-        body = Body(MambaConfig(d_model=d_model, n_layers=n_layer))
-        head = nn.Linear(d_model, 256, bias=False)
-        embedding = nn.Embedding(256, d_model)
-        head.weight = embedding.weight
-        model = nn.Sequential(embedding, body, RMSNorm(d_model), head)
-        return model, model
-    if who == "transformers":
-        import transformers
-        kind = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[layer]
-        model = getattr(transformers, kind)(transformers_config(layer, d_model, n_layer))
-        return model, lambda tokens: model(tokens, use_cache=False).logits
-    model = LM(our_config(layer, d_model, n_layer))
-    return model, lambda tokens: model(tokens)[0]
+    """(model, f(tokens) -> logits, step(token, state) -> (logits, state)) of a peer, or of our layer called path."""
+    if path in PEERS:
+        return PEERS[path](d_model, n_layer)
+    model = LM(our_config(path, d_model, n_layer))
+    return model, lambda tokens: model(tokens)[0], model
 
 
 def make_train(path, b, l, d_model, n_layer, device):
     """A training step: forward, backward, clipping, AdamW."""
-    model, f = language_model(path, d_model, n_layer)
+    model, f, _ = language_model(path, d_model, n_layer)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     tokens = torch.randint(256, (b, l + 1), device=device)
@@ -472,136 +444,93 @@ def make_train(path, b, l, d_model, n_layer, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"training step": step}
+    return step
 
 
-def compare_training(paths, args, c, kinds=("default",)):
-    """A step of each path, which reads b windows of l bytes."""
-    work = args["b"] * args["l"]
-    cells = []
-    for kind in kinds_of_memory(c, *kinds):
-        cells += [Cell(path, make_train, {"path": path, **args}, kind, work) for path in paths]
-    return compare("training", args, cells, c)
-
-
-def bench_ssd(c):
-    """d_model 256, 8 heads of 64, n = 64; as many bytes per call, however they are cut into windows."""
-    shapes = ((2, 64),) if c.quick else ((8, 512), (2, 2048), (1, 8192))
-    heads = {"nh": 2, "p": 8, "n": 4} if c.quick else {"nh": 8, "p": 64, "n": 64}
-    sizes = {"d_model": 32 if c.quick else 256, "n_layer": 4}
-    models = ("mamba2", "mamba", "attention", "transformers mamba2")
-    rows = []
-    for b, l in shapes:
-        size = {"b": b, "l": l}
-        paths = ["chunked", "transformers"]
-        if l <= 2048:  # longer ones need tens of GB
-            paths += ["quadratic", "naive"]
-        cells = [Cell(p, make_ssd, {"path": p, **size, **heads}, work=b * l) for p in paths]
-        rows += compare("ssd", size, cells, c)
-        rows += compare_training(models, {**size, **sizes}, c, ["kept"])
-    return rows
+def compare_training(c, *paths, **sizes):
+    """A step of each path, memory kept as in train.py: 4 layers of width 256 and 8 windows of 512, or other sizes."""
+    args = TINY if c.quick else {"b": 8, "l": 512, "d_model": 256, "n_layer": 4} | sizes
+    kind, = kinds_of_memory(c, "kept")
+    cells = [Cell(path, make_train, {"path": path, **args}, kind, args["b"] * args["l"])
+             for path in paths]
+    return compare("training", "training step", args, cells, c)
 
 
 def bench_train(c):
-    """4 layers of width 256, 8 windows of 512 bytes."""
-    args = TINY if c.quick else {"b": 8, "l": 512, "d_model": 256, "n_layer": 4}
-    paths = ("mamba2", "mamba", "attention", "mambapy mamba", "transformers mamba",
-             "transformers mamba2")
-    return compare_training(paths, args, c, ["default", "kept"])
+    return compare_training(c, "mamba2", "mamba", "mambapy mamba", "transformers mamba")
+
+
+def bench_ssd(c):
+    """8 heads of 64, n = 64, 8 x 512 bytes; training on as many, however they are cut into windows."""
+    sizes = {"b": 8, "l": 512, "nh": 8, "p": 64, "n": 64}
+    if c.quick:
+        sizes = {"b": 2, "l": 64, "nh": 2, "p": 8, "n": 4}
+    work = sizes["b"] * sizes["l"]
+    cells = [Cell(path, make_ssd, {"path": path, **sizes}, work=work)
+             for path in ("chunked", "transformers", "quadratic", "naive")]
+    rows = compare("ssd", "forward+backward", sizes, cells, c)
+    shapes = (8, 512), (2, 2048), (1, 8192)
+    for b, l in shapes[:1] if c.quick else shapes:
+        rows += compare_training(c, "mamba2", "mamba", "attention", "transformers mamba2", b=b, l=l)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. decode
+# 5. decode
 
 
-def peer_step(path, model):
-    """(function of token (1, 1) and state to logits (1, v) and state, the state before the first token)."""
-    if path.startswith("transformers"):
-        def step(token, cache):
-            out = model(token, cache_params=cache, use_cache=True)
-            return out.logits[:, -1], out.cache_params
-        return step, lambda: None
-    embedding, body, norm, head = model
-    config = body.config
-
-    def step(token, caches):
-        x, caches = body.step(embedding(token[:, 0]), list(caches))
-        return head(norm(x)), caches
-
-    def zeros(*shape):
-        return torch.zeros(1, config.d_inner, *shape, device=head.weight.device)
-
-    return step, lambda: [(zeros(config.d_state), zeros(config.d_conv - 1)) for _ in body.layers]
-
-
-def write(step, start, count):
-    """A function that draws count bytes one by one, from (logits, state) = start()."""
-    @torch.inference_mode()
-    def f():
-        logits, state = start()
-        for _ in range(count):
-            logits, state = step(torch.multinomial(torch.softmax(logits, -1), 1), state)
-    return {"writing": f}
-
-
-def make_decode(path, count, d_model, n_layer, compiled, device):
-    """count bytes after a newline: ours by sample.generate, the others by the same loop around their own step."""
-    model, _ = language_model(path, d_model, n_layer)
+def make_decode(path, count, compiled, device, **sizes):
+    """count bytes after a newline by sample.generate, around the model's own step."""
+    model, _, step = language_model(path, **sizes)
     model.to(device).eval()
     token = torch.tensor([[10]], device=device)
-    if " " not in path:
-        step = fast_step(model, token, True) if compiled else None
-        return {"writing": lambda: list(generate(model, token, count, filter_logits, step=step))}
-    step, state = peer_step(path, model)
-    step = torch.compile(step) if compiled else step
-    functions = write(step, lambda: step(token, state()), count)
+    fast = torch.compile(step) if compiled else step
+    f = lambda: list(generate(step, token, count, filter_logits, step=fast))
     if compiled:
-        functions["writing"]()
-    return functions
-
-
-def last_logits(model):
-    """The step of an LM as write takes it."""
-    def step(token, state):
-        logits, state = model(token, state)
-        return logits[:, -1], state
-    return step
+        f()
+    return f
 
 
 def write_after(model, tokens, count):
     """A function that draws count bytes after tokens, which are read in the first call, while the others rest."""
-    return write(last_logits(model), functools.cache(lambda: prefill(model, tokens)), count)
+    read = functools.cache(lambda: prefill(model, tokens))
+
+    def first(*_, last):
+        logits, state = read()
+        return logits[:, None], state
+
+    one_more = count + 1  # of which the first takes no step
+    return lambda: list(generate(first, tokens[:, :1], one_more, filter_logits, step=model))
 
 
-def make_context(path, context, count, d_model, n_layer, device):
+def make_context(path, context, count, device, **sizes):
     """count bytes after a context, whose state every call begins from; attention's window is unlimited."""
-    model, _ = language_model(path, d_model, n_layer)
+    model, _, _ = language_model(path, **sizes)
     model.to(device).eval()
     return write_after(model, torch.randint(256, (1, context), device=device), count)
 
 
 def bench_decode(c):
     """Batch 1, 4 layers of width 256."""
-    contexts = (16,) if c.quick else (256, 2048, 8192)
-    size = {"count": 4, "d_model": 32, "n_layer": 1}
-    if not c.quick:
-        size = {"count": 64, "d_model": 256, "n_layer": 4}
+    size = {"count": 64, "d_model": 256, "n_layer": 4}
+    if c.quick:
+        size = {"count": 4, "d_model": 32, "n_layer": 1}
     cells = []
     for ending in ("", ", compiled"):
-        for path in ("mamba", "mamba2", "attention", "mambapy mamba", "transformers mamba"):
+        for path in ("mamba", "mamba2", "mambapy mamba", "transformers mamba"):
             args = {"path": path, "compiled": bool(ending), **size}
             cells.append(Cell(path + ending, make_decode, args, work=size["count"]))
-    rows = compare("decoding", size, cells, c)
-    for context in contexts:
+    rows = compare("decoding", "writing", size, cells, c)
+    for context in (16,) if c.quick else (256, 2048, 8192):
         args = {"context": context, **size}
         cells = [Cell(path, make_context, {"path": path, **args}, work=size["count"])
                  for path in ("mamba2", "attention")]
-        rows += compare("decoding after a context", args, cells, c)
+        rows += compare("decoding after a context", "writing", args, cells, c)
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. s4
+# 6. s4
 
 
 def make_kernel(path, l, d, n, device):
@@ -620,30 +549,27 @@ def make_kernel(path, l, d, n, device):
         return s4d_kernel(dt, A, 1.0, C, l)
 
     f = written_out if path == "written out" else small_matrices
-    return forward_and_backward(f, [dt, A, C], dK)
+    return functools.partial(with_gradients, f, [dt, A, C], dK)
 
 
-def step_errors(lengths):
+def step_errors(l):
     """Largest difference of the convolution from the recurrence, both float32, in a layer as it begins; n = 64."""
     rows = []
-    print("\nconvolution against recurrence, float32: largest difference, largest output")
     for layer in ("s4d", "s4"):
         torch.manual_seed(0)
         mixer = MIXERS[layer](Config((layer,), d_model=64, d_state=64))
-        for l in lengths:
-            x = torch.randn(1, l, 64)
-            steps = []
-            h = None
-            with torch.no_grad():
-                y, _ = mixer.scan(x, None)
-                for x_t in x.split(1, dim=1):
-                    y_t, h = mixer.scan(x_t, h)
-                    steps.append(y_t)
-            error = (y - torch.cat(steps, dim=1)).abs().max().item()
-            rows.append({"table": "error", "path": layer, "l": l, "error": error,
-                         "largest": y.abs().max().item()})
-            print(f"  {layer:8}l = {l:<8,}{error:12.1e}{rows[-1]['largest']:12.2f}")
-    return rows
+        x = torch.randn(1, l, 64)
+        steps = []
+        h = None
+        with torch.no_grad():
+            y, _ = mixer.scan(x, None, None)
+            for x_t in x.split(1, dim=1):
+                y_t, h = mixer.scan(x_t, h, None)
+                steps.append(y_t)
+        error = (y - torch.cat(steps, dim=1)).abs().max().item()
+        largest = y.abs().max().item()
+        rows.append({"table": "error", "path": layer, "l": l, "error": error, "largest": largest})
+    return tell(rows)
 
 
 def reconstructions():
@@ -669,62 +595,60 @@ def reconstructions():
 
 def bench_s4(c):
     """S4D's kernel with d = 256 and 32 modes; training with layers of width 256; errors and memories."""
-    size = {"d": 8, "n": 4} if c.quick else {"d": 256, "n": 32}
-    args = TINY if c.quick else {"b": 8, "l": 512, "d_model": 256, "n_layer": 4}
-    rows = []
-    for l in (32,) if c.quick else (1024, 4096):
-        cells = [Cell(path, make_kernel, {"path": path, "l": l, **size})
-                 for path in ("two small matrices", "written out")]
-        rows += compare("s4d kernel", {**size, "l": l}, cells, c)
-    paths = ("mamba", "mamba2", "s4d", "s4", "attention")
-    rows += compare_training(paths, args, c, ["kept"])
-    steps = (7,) if c.quick else (64, 1024, 4096)
-    return rows + step_errors(steps) + reconstructions()
+    size = {"l": 32, "d": 8, "n": 4} if c.quick else {"l": 4096, "d": 256, "n": 32}
+    cells = [Cell(path, make_kernel, {"path": path, **size})
+             for path in ("two small matrices", "written out")]
+    rows = compare("s4d kernel", "forward+backward", size, cells, c)
+    rows += compare_training(c, "mamba", "mamba2", "s4d", "s4")
+    return rows + step_errors(7 if c.quick else 4096) + reconstructions()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. published: a checkpoint of the size that MambaByte released
+# 7. published: a checkpoint of the size that MambaByte released
 
 WRITTEN = 8  # bytes per call: the first one after another process has run is slow for all
+
+
+def published_config(quick):
+    """MambaByte-353M's."""
+    n_layer, d_model = (2, 32) if quick else (53, 1024)
+    return Config(("mamba",) * n_layer, d_model=d_model, norm="layer", tie=False)
 
 
 def make_published(path, folder, device):
     """Reading the file; reading every weight as often as bytes are written, which no writing can beat; writing."""
     if path == "load":
-        return {"loading": lambda: load(folder, device)}
+        return lambda: load(folder, device)
     model, _ = load(folder, device)
-    if path == "read":
-        weights = [p for name, p in model.named_parameters() if name != "embedding.weight"]
-        read = torch.inference_mode()(lambda: [p.sum() for _ in range(WRITTEN) for p in weights])
-        return {"writing": read}
-    step = last_logits(model)
-    start = torch.inference_mode()(step)(torch.tensor([[10]]), None)
-    return write(step, lambda: start, WRITTEN)
+    if path == "mamba":
+        return write_after(model, torch.tensor([[10]], device=device), WRITTEN)
+    weights = [p for name, p in model.named_parameters() if name != "embedding.weight"]
+    return torch.inference_mode()(lambda: [p.sum() for _ in range(WRITTEN) for p in weights])
 
 
 def bench_published(c):
-    """Random weights in MambaByte-353M's shape, float32, written once to a temporary folder."""
-    n_layer, d_model = (2, 32) if c.quick else (53, 1024)
+    """Random weights, float32, written once to a temporary folder."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model = LM(Config(("mamba",) * n_layer, d_model=d_model, norm="layer", tie=False))
-        size = sum(p.numel() * p.itemsize for p in model.parameters())
+        model = LM(published_config(c.quick))
+        size = {"weights_mb": round(sum(p.nbytes for p in model.parameters()) / 1e6)}
         save(folder, model, "state-spaces")
         del model
-        cells = []
-        names = {"load": "load", "read": "every weight read for each", "write": "mamba"}
-        for path, name in names.items():
-            args = {"path": path, "folder": folder}
-            cells.append(Cell(name, make_published, args, work=0 if path == "load" else WRITTEN))
-        return compare("published", {"weights_mb": round(size / 1e6)}, cells, c)
+        for mode, work, *paths in (("loading", 0, "load"),
+                                   ("writing", WRITTEN, "every weight read for each", "mamba")):
+            cells = [Cell(path, make_published, {"path": path, "folder": folder}, work=work)
+                     for path in paths]
+            rows += compare("published", mode, size, cells, c)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. speculate: in one process, plain and speculative writing in turn
+# 8. speculate: in one process, plain and speculative writing in turn
 
-SPECULATION = {"target": "--d_model 160 --n_layer 12 --steps 2200", "bytes": "--n_layer 1 --steps 2200",
+SPECULATION = {"target": "--d_model 160 --n_layer 12 --steps 2200",
+               "bytes": "--n_layer 1 --steps 2200",
                "words": "--n_layer 1 --bpe 1024 --seq_len 256 --steps 2200"}  # train.py's flags
-GUESSES = {"counts": (2, 4, 8, 12, 16), "ngram": (2, 4, 8, 16, 32), "bytes": (1, 2, 4, 6, 8),
-           "words": (1, 2, 3, 4, 6)}
+GUESSES = {"counts": (2, 4, 8, 12, 16), "bytes": (1, 2, 4, 6, 8), "words": (1, 2, 3, 4, 6)}
 
 
 def train_once(folder, flags, program=train):
@@ -741,27 +665,15 @@ def train_once(folder, flags, program=train):
         raise SystemExit(status)  # the program has said why
 
 
-def speculation_model(name, folder, quick):
+def speculation_model(name, quick):
+    """A model of SPECULATION, trained at the first call."""
+    folder = Path("out/speculate_quick" if quick else "out/speculate") / name
     flags = SPECULATION[name]
     if quick:
         flags = "--d_model 16 --head_dim 8 --n_layer 1 --steps 2 --seq_len 64 --data scan.py"
         flags += " --bpe 9" if name == "words" else ""
-    train_once(folder / name, flags)
-    return load(folder / name)[0]
-
-
-def make_drafter(name, folder, corpus, quick):
-    if name == "counts":
-        return CountDrafter(corpus.train)
-    if name == "ngram":
-        return CopyDrafter()
-    model = speculation_model(name, folder, quick)
-    return SubwordDrafter(model) if name == "words" else ByteDrafter(model)
-
-
-def seconds_of(stream):
-    """How long a stream takes to its end."""
-    return timed(lambda: list(stream), torch.device("cpu"))
+    train_once(folder, flags)
+    return load(folder)[0]
 
 
 def write_both(model, drafter, prompts, count, k, temperature):
@@ -772,12 +684,12 @@ def write_both(model, drafter, prompts, count, k, temperature):
     for seed, prompt in enumerate(prompts):
         g = torch.Generator().manual_seed(seed)
         args = model, prompt, count, distribution
-        fast += seconds_of(speculate(*args, drafter, k, g, rounds))
-        plain += seconds_of(generate(*args, g))
+        fast += timed(lambda: list(speculate(*args, drafter, k, g, rounds)))
+        plain += timed(lambda: list(generate(*args, g)))
     written = count * len(prompts)
-    guessed = sum(guesses for guesses, _ in rounds)
-    return {"bytes_per_call": written / len(rounds), "guessed_per_call": guessed / len(rounds),
-            "acceptance": sum(accepted for _, accepted in rounds) / max(guessed, 1),
+    accepted = sum(accepted for _, accepted in rounds)
+    return {"bytes_per_call": written / len(rounds),
+            "acceptance": accepted / max(sum(guessed for guessed, _ in rounds), 1),
             "ms_per_byte": 1e3 * fast / written, "plain_ms_per_byte": 1e3 * plain / written,
             "speedup": plain / fast}
 
@@ -788,35 +700,29 @@ def bench_speculate(c):
     200 bytes after each of three prompts; the models are trained into out/speculate at the first call.
     """
     keep_memory()
-    folder = Path("out/speculate_quick" if c.quick else "out/speculate")
     corpus = load_corpus("scan.py" if c.quick else "python")
-    target = speculation_model("target", folder, c.quick)
+    target = speculation_model("target", c.quick)
+    drafters = {"counts": CountDrafter(corpus.train),
+                "bytes": ByteDrafter(speculation_model("bytes", c.quick)),
+                "words": SubwordDrafter(speculation_model("words", c.quick))}
     count = 8 if c.quick else 200
     starts = (0,) if c.quick else (50_000, 200_000, 350_000)
     prompts = [torch.tensor([corpus.val[start:start + 100].tolist()]) for start in starts]
     rows = []
-    print(f"{'drafter':10}{'guesses':>8}{'temp.':>7}{'bytes/call':>12}{'accepted':>10}"
-          f"{'ms/byte':>9}{'plain':>8}{'times as fast':>15}")
-    for name, guesses in GUESSES.items():
-        drafter = make_drafter(name, folder, corpus, c.quick)
-        cells = [(k, t) for k in guesses for t in (1.0, 0.5, 0.0)]
+    for name, drafter in drafters.items():
         write_both(target, drafter, prompts[:1], 8, 2, 1.0)  # threads and libraries set up
-        for k, t in cells[:1] if c.quick else cells:
-            row = {"table": "speculation", "path": name, "k": k, "temperature": t}
-            row |= write_both(target, drafter, prompts, count, k, t)
-            rows.append(row)
-            print(f"{name:10}{k:8}{t:7}{row['bytes_per_call']:12.2f}"
-                  f"{row['acceptance']:10.0%}{row['ms_per_byte']:9.2f}"
-                  f"{row['plain_ms_per_byte']:8.2f}{row['speedup']:15.2f}", flush=True)
+        cells = [(k, temperature) for k in GUESSES[name] for temperature in (1.0, 0.0)]
+        for k, temperature in cells[:1] if c.quick else cells:
+            row = {"table": "speculation", "path": name, "k": k, "temperature": temperature}
+            rows += tell([row | write_both(target, drafter, prompts, count, k, temperature)])
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. gpu
+# 9. gpu
 
 GPU_SHAPES = ((8, 2048, 1536, 16), (1, 65536, 1536, 16),  # b, l, d, n
               (64, 512, 768, 16), (8, 2048, 1536, 64))
-GPU_PATHS = ("triton", "mamba-ssm", "chunked", "parallel", "naive", "mambapy pscan")
 
 
 def _exp_kernel(out, ROUNDS: tl.constexpr):
@@ -834,105 +740,72 @@ if triton is not None:
 
 
 def limits(device, quick):
-    """Bytes/s of a copy and exponentials/s of a kernel that does nothing else, the best of ten."""
-    programs = 2 if quick else 1024
-    rounds = 1 if quick else 1024
-    size = 2**12 if quick else 2**30
+    """(bytes/s of a copy, exponentials/s of a kernel that does nothing else), the best of ten."""
+    programs = rounds = 2 if quick else 1024
     out = torch.empty(programs * 1024, device=device)
-    a = torch.ones(size, device=device)
+    a = torch.ones(2**12 if quick else 2**30, device=device)
     b = torch.empty_like(a)
     copy = min(timed(lambda: b.copy_(a), device) for _ in range(10))
     launch = lambda: _exp_kernel[(programs,)](out, ROUNDS=rounds)
     exp = min(timed(launch, device) for _ in range(10))
-    return {"bytes_per_second": 8 * size / copy, "exps_per_second": 8 * rounds * len(out) / exp}
+    return 2 * a.nbytes / copy, 8 * rounds * len(out) / exp
 
 
-def beside_the_floor(rows, peak, b, l, d, n, dtype):
-    """To each row what it had to move and compute at least, per second, and its time over that of the slower of both.
+def beside_the_floor(rows, copied, computed, b, l, d, n, dtype):
+    """To each row its time over that of the slower of both limits, for what it has to move and compute at least.
 
     Forward reads x, dt, B, C and writes y, with one exponential per state and step. Backward reads those four and dy,
     writes four gradients, and computes the exponentials again.
     """
+    moved = getattr(torch, dtype).itemsize * b * l * (8 * d + 6 * n)
+    exps = 2 * b * l * d * n
+    floor = max(moved / copied, exps / computed)
     for row in rows:
-        if "seconds" not in row:
-            continue
-        seconds = row["seconds"]
-        numbers = 3 * d + 2 * n
-        exps = b * l * d * n
-        if row["mode"] != "forward":
-            numbers += 5 * d + 4 * n
-            exps *= 2
-        moved = (2 if dtype == "bfloat16" else 4) * b * l * numbers
-        floor = max(moved / peak["bytes_per_second"], exps / peak["exps_per_second"])
-        row["useful_bytes_per_second"] = moved / seconds
-        row["useful_exps_per_second"] = exps / seconds
-        row["times_floor"] = seconds / floor
-        print(f"    {row['path']:16}{row['mode']:18}{moved / seconds / 1e9:10,.0f} GB/s"
-              f"{exps / seconds / 1e9:10,.0f} G exp/s{row['times_floor']:8.2f} x floor")
-    return rows
+        if "seconds" in row:
+            row |= {"useful_bytes_per_second": moved / row["seconds"],
+                    "useful_exps_per_second": exps / row["seconds"],
+                    "times_floor": row["seconds"] / floor}
+    return tell(rows)
 
 
-def make_captured(path, b, count, sizes, device):
-    """count bytes for each of b texts, by MambaByte's model in bfloat16; the step captured or launched from Python."""
-    model = LM(Config(**sizes)).to(device).eval()
+def make_captured(path, b, count, quick, device):
+    """count bytes for each of b texts, in bfloat16; the step captured, or launched from Python."""
+    model = LM(published_config(quick)).to(device).eval()
     tokens = torch.full((b, 1), 10, device=device)
     cast = torch.autocast(device.type, torch.bfloat16)
     cast.__enter__()  # while this process lives, since it keeps the narrowed weights
-    step = None
-    if path == "captured":
-        with torch.inference_mode():
-            step = capture_step(model, tokens, model(tokens)[1])
-    return {"writing": lambda: list(generate(model, tokens, count, filter_logits, step=step))}
-
-
-def decode_on_gpu(c, peak):
-    """MambaByte's model for 1 and for 64 texts, beside the limit: every weight crosses memory once per step."""
-    count = 2 if c.quick else 256
-    sizes = {"layers": ("mamba",), "d_model": 16, "norm": "layer", "tie": False}
-    if not c.quick:
-        sizes |= {"layers": ("mamba",) * 53, "d_model": 1024}
-    model = LM(Config(**sizes))
-    weights = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-    del model
-    rows = []
-    for b in (1, 64):
-        args = {"b": b, "count": count, "sizes": sizes}
-        paths = ["eager"] if c.device == "cpu" else ["captured", "eager"]
-        work = b * count
-        cells = [Cell(path, make_captured, {"path": path, **args}, work=work) for path in paths]
-        limit = b * peak["bytes_per_second"] / (2 * weights)  # 2 bytes in bfloat16
-        print(f"\nevery weight once per step: at most {limit:,.0f} bytes/s")
-        found = compare("decoding, 353M", {"b": b, "count": count}, cells, c)
-        rows += [{**row, "limit": limit} for row in found]
-    return rows
+    step = fast_step(model, tokens) if path == "captured" else model
+    return lambda: list(generate(model, tokens, count, filter_logits, step=step))
 
 
 def bench_gpu(c):
-    """The kernels beside every other path, in float32 and bfloat16, and the official kernel where mamba-ssm imports."""
+    """The kernels beside the limits, in float32 and bfloat16; MambaByte's model for 1 and for 64 texts."""
     if not c.quick:
         if not torch.cuda.is_available():
             raise UserError("gpu needs a CUDA GPU, and torch finds none here; on a CPU: "
                             "python -m tests.bench scan, or gpu --quick with TRITON_INTERPRET=1")
-        c = dataclasses.replace(c, device="cuda")
-    peak = limits(pick_device(c.device), c.quick)
+        c.device = "cuda"
+    copied, computed = limits(pick_device(c.device), c.quick)
     torch.cuda.empty_cache()  # 8 GB, which the workers may need
-    rows = [{"table": "ceilings", **peak}]
-    print(f"measured limits: {peak['bytes_per_second'] / 1e9:,.0f} GB/s, "
-          f"{peak['exps_per_second'] / 1e9:,.0f} G exp/s")
+    rows = tell([{"table": "ceilings", "bytes_per_second": copied, "exps_per_second": computed}])
     for dtype in ("float32", "bfloat16"):
         for b, l, d, n in ((2, 9, 3, 4),) if c.quick else GPU_SHAPES:
             sizes = {"b": b, "l": l, "d": d, "n": n, "dtype": dtype}
-            cells = [Cell(path, make_scan, {"path": path, **sizes}) for path in GPU_PATHS
-                     if l <= 2048 or path != "naive"]
-            rows += beside_the_floor(compare("selective scan", sizes, cells, c), peak, **sizes)
-        rows += scan_errors(c, GPU_PATHS[:4], dtype)
-    args = TINY if c.quick else {"b": 8, "l": 2048, "d_model": 768, "n_layer": 24}
-    rows += compare_training(("mamba", "transformers mamba"), args, c)
-    return rows + decode_on_gpu(c, peak)
+            cells = [Cell(path, make_scan, {"path": path, **sizes})
+                     for path in ("triton", "mamba-ssm", "chunked")]
+            found = compare("selective scan", "forward+backward", sizes, cells, c)
+            rows += beside_the_floor(found, copied, computed, **sizes)
+    count = 2 if c.quick else 256
+    for b in (1, 64):
+        args = {"b": b, "count": count, "quick": c.quick}
+        cells = [Cell(path, make_captured, {"path": path, **args}, work=b * count)
+                 for path in ("captured", "eager")]
+        rows += compare("decoding, 353M", "writing", {"b": b, "count": count}, cells, c)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
               "s4": bench_s4, "published": bench_published, "speculate": bench_speculate,
@@ -963,13 +836,12 @@ def run(argv, module, table, prefix):
     c, _ = parse(Flags, argv[1:] if name else argv, usage)
     if name not in table:
         raise UserError(f"{name or 'no name'} is not among what can be measured: {usage}")
+    c.rounds = 1 if c.quick else c.rounds
     result = {"benchmark": name, "command": " ".join([f"python -m {module}", *argv]),
               "hardware": hardware(),
               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     print(", ".join(f"{key} {value}" for key, value in result["hardware"].items() if value))
-    began = time.perf_counter()
     result["rows"] = table[name](c)
-    print(f"\n{time.perf_counter() - began:.0f} s")
     if c.json or not c.quick:
         path = Path(c.json or ASSETS / f"{prefix}_{name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)

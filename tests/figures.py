@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +22,9 @@ from train import flag, parse, script
 ASSETS = Path(__file__).parent.parent / "assets"
 BEFORE = "import os\n\n\nclass Store:\n    "  # read, but not shown
 LINE = "def load(self, path):  # opens a file\n"  # shown in selects.svg
+
+matplotlib.use("svg")
+plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
 
 
 @dataclass
@@ -34,16 +39,8 @@ class Flags:
 
 def measured(name, **wanted):
     """The rows of a measurement that have these values."""
-    path = ASSETS / f"{name}.json"
-    if not path.exists():
-        kind, _, what = name.partition("_")
-        module = {"bench": "bench", "study": "studies"}.get(kind)
-        way = f"python -m tests.{module} {what}"
-        if module is None:
-            way = "python -m tests.figures --run out/mamba2"
-        raise UserError(f"{path} is missing; measure first: {way}")
-    content = json.loads(path.read_text())
-    print(f"{path.name}: {content['command']}")
+    content = json.loads((ASSETS / f"{name}.json").read_text())
+    print(f"{name}.json: {content['command']}")
     return [row for row in content["rows"] if wanted.items() <= row.items()]
 
 
@@ -58,20 +55,18 @@ def training_rows(folder, points=200):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["train_bpb"] is not None]
     size = math.ceil(len(steps) / points)
-    rows = []
+    found = []
     for i in range(0, len(steps), size):
         part = steps[i:i + size]
         mean = sum(line["train_bpb"] for line in part) / len(part)
-        rows.append(point("training", part[-1]["seconds"], mean))
+        found.append(("training", part[-1]["seconds"], mean))
     for line in lines:
         if line["val_bpb_carried"] is not None:
-            rows.append(point("carried", line["seconds"], line["val_bpb_carried"]))
+            found.append(("carried", line["seconds"], line["val_bpb_carried"]))
     val = load_corpus(load(folder)[1]["flags"]["data"]).val
-    return rows + [point(tool, None, bpb) for tool, bpb in compressed_bpb(val).items()]
-
-
-def point(table, seconds, bpb):
-    return {"table": table, "seconds": seconds, "bpb": round(bpb, 4)}
+    found += [(tool, None, bpb) for tool, bpb in compressed_bpb(val).items()]
+    return [{"table": table, "seconds": seconds, "bpb": round(bpb, 4)}
+            for table, seconds, bpb in found]
 
 
 @torch.inference_mode()
@@ -103,43 +98,32 @@ def selection_rows(folder, layer):
 # 2. Drawing
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise UserError(f"figures need matplotlib ({e}); pip install matplotlib") from e
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
-    return plt
-
-
-def save(figure, name):
-    """The same bytes for the same rows."""
-    figure.savefig(ASSETS / name, metadata={"Date": None})
-    pyplot().close(figure)
-    print(f"  wrote {ASSETS / name}")
-
-
 def axes_of(width=6.4, height=4.0):
-    figure, axes = pyplot().subplots(figsize=(width, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def curves(name, rows, x, y, xlabel, ylabel, yscale="linear", xscale="log"):
+def save(figure, name):
+    """The same bytes for the same rows."""
+    figure.savefig(ASSETS / name, metadata={"Date": None})
+    plt.close(figure)
+    print(f"  wrote {ASSETS / name}")
+
+
+def draw(name, rows, x, y, xlabel, ylabel, yscale="linear", xscale="log"):
     """One curve for every path and kind of memory; huge pages dashed, kept memory dotted."""
     figure, axes = axes_of()
-    points = {}
+    curves = {}
     for row in rows:
-        points.setdefault((row["path"], row["memory"]), []).append((row[x], row[y]))
-    paths = dict.fromkeys(path for path, _ in points)
-    colors = {path: f"C{i}" for i, path in enumerate(paths)}
-    for (path, memory), curve in points.items():
+        key = row["path"], row.get("memory", "default")
+        curves.setdefault(key, []).append((row[x], row[y]))
+    paths = list(dict.fromkeys(path for path, _ in curves))
+    for (path, memory), points in curves.items():
         style = {"default": "o-", "huge pages": "o--", "kept": "o:"}[memory]
-        axes.plot(*zip(*curve), style if xscale == "log" else "-", color=colors[path], markersize=4,
-                  label=path if memory == "default" else None)
+        axes.plot(*zip(*points), style if xscale == "log" else "-", markersize=4,
+                  color=f"C{paths.index(path)}", label=path if memory == "default" else None)
     axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     if xscale == "log":
         ticks = sorted({row[x] for row in rows})
@@ -150,50 +134,37 @@ def curves(name, rows, x, y, xlabel, ylabel, yscale="linear", xscale="log"):
     save(figure, name)
 
 
-def scan_time():
+def speed():
     rows = measured("bench_scan", table="selective scan", mode="forward+backward")
     rows = [{**row, "ms": 1e3 * row["seconds"]} for row in rows]
-    curves("scan_time.svg", rows, "l", "ms", "length",
-           "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
-
-
-def decode_context():
+    draw("scan_time.svg", rows, "l", "ms", "length",
+         "forward and backward, ms\n(dashed: huge pages, dotted: memory kept)", "log")
     rows = measured("bench_decode", table="decoding after a context", mode="writing")
-    curves("decode_context.svg", rows, "context", "ms_per_byte", "bytes read before",
-           "ms per byte written")
+    draw("decode_context.svg", rows, "context", "ms_per_byte", "bytes read before",
+         "ms per byte written")
 
 
-def length():
-    curves("length.svg", measured("study_robust", table="position"), "to", "bpb",
-           "up to this position (trained on the first part)", "bits per byte")
-
-
-def selection():
-    labels = {"selective_copy": "selective copying: letters right, %",
-              "induction": "induction: right, %"}
-    for table, label in labels.items():
-        rows = measured("study_selection", table=table)
-        rows = [{**row, "percent": 100 * row["accuracy"]} for row in rows]
-        curves(f"{table}.svg", rows, "length", "percent", "length (trained on 256)", label)
-
-
-def legs():
-    curves("legs.svg", measured("bench_s4", table="legs"), "age", "value", "age", "x(now - age)",
-           xscale="linear")
+def learning():
+    rows = [{**row, "percent": 100 * row["accuracy"]} for row in measured("study_selection")]
+    for table, label in (("selective_copy", "selective copying: letters right, %"),
+                         ("induction", "induction: right, %")):
+        draw(f"{table}.svg", [row for row in rows if row["table"] == table], "length", "percent",
+             "length (trained on 256)", label)
+    draw("length.svg", measured("study_robust", table="position"), "to", "bpb",
+         "up to this position (trained on the first part)", "bits per byte")
+    draw("legs.svg", measured("bench_s4", table="legs"), "age", "value", "age", "x(now - age)",
+         xscale="linear")
 
 
 def speculation():
     rows = []
     for row in measured("bench_speculate", table="speculation"):
-        special = row.get("beta") or "rule" in row or "to_boundary" in row
-        if row["temperature"] != 0.5 and not special:
-            path = f"{row['path']}, temperature {row['temperature']:g}"
-            rows.append({**row, "path": path, "memory": "default"})
+        if row["temperature"] != 0.5 and not {"rule", "to_boundary"} & set(row):
+            rows.append({**row, "path": f"{row['path']}, temperature {row['temperature']:g}"})
     rows.sort(key=lambda row: (row["path"], row["k"]))
-    curves("speculate.svg", rows, "k", "speedup", "guesses: words, or bytes",
-           "times as fast as plain writing")
-    curves("speculate_calls.svg", rows, "k", "bytes_per_call", "guesses: words, or bytes",
-           "bytes per call of the model")
+    guesses = "guesses: words, or bytes"
+    draw("speculate.svg", rows, "k", "speedup", guesses, "times as fast as plain writing")
+    draw("speculate_calls.svg", rows, "k", "bytes_per_call", guesses, "bytes per call of the model")
 
 
 def training():
@@ -241,22 +212,16 @@ def selects():
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The command line
 
-FIGURES = (training, selects, selection, length, legs, scan_time, decode_context, speculation)
-
 
 @script
 def main(argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     c, _ = parse(Flags, argv, "Draw the figures of assets/: python -m tests.figures")
-    pyplot()
     if c.run:
         write("train", argv, training_rows(Path(c.run)))
         write("selects", argv, selection_rows(Path(c.run), c.layer))
-    for figure in FIGURES:
-        try:
-            figure()
-        except UserError as e:
-            print(f"no figure: {e}")
+    for figure in (training, selects, learning, speed, speculation):
+        figure()
     return 0
 
 

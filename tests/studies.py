@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 import distill
 import train
-from data.corpus import load_corpus, windows
+from data.corpus import load_corpus
 from data.synthetic import NO_TARGET, TASKS
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, Config, load
 from sample import prefill
-from tests.bench import Cell, compare, kinds_of_memory, our_config, run, train_once, write_after
+from tests.bench import (Cell, compare, kinds_of_memory, our_config, run, tell, train_once,
+                         write_after)
 from tests.noise import corrupt
 from train import evaluate, make_optimizer, prediction_loss, script
 
@@ -59,20 +60,29 @@ def selection_runs(root, quick):
 
 
 @torch.inference_mode()
-def accuracy(model, task, length, count):
-    """Share of the targets guessed right in count windows, read piece by piece with the state carried along."""
-    tokens, targets = (torch.from_numpy(t) for t in TASKS[task](length, count, 2**63, length))
-    size = max(1, 2**16 // count)
-    right = 0
+def read_through(model, tokens, targets, piece, score):
+    """score(logits, targets) of each piece of tokens (b, l), read with the state carried along.
+
+    Pieces bound the memory and leave the result as it is.
+    """
+    found = []
     state = None
-    for t, y in zip(tokens.split(size, dim=1), targets.split(size, dim=1)):
+    for t, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
         logits, state = model(t, state)
-        right += (logits.argmax(-1) == y).sum().item()
-    return right / (targets != NO_TARGET).sum().item()
+        found.append(score(logits, y))
+    return found
+
+
+def accuracy(model, task, length, count):
+    """Share of the targets guessed right in count windows."""
+    tokens, targets = (torch.from_numpy(t) for t in TASKS[task](length, count, 2**63, length))
+    right = read_through(model, tokens, targets, max(1, 2**16 // count),
+                         lambda logits, y: (logits.argmax(-1) == y).sum().item())
+    return sum(right) / (targets != NO_TARGET).sum().item()
 
 
 def study_selection(c):
-    """Two layers of width 64, trained in windows of 256 in a few minutes per run; then windows of up to 65,536."""
+    """Two layers of width 64, trained in windows of 256 in a few minutes per run; then windows of up to 16,384."""
     rows = []
     root = Path("out/selection_quick" if c.quick else "out/selection")
     for folder, task, layer, flags in selection_runs(root, c.quick):
@@ -80,18 +90,11 @@ def study_selection(c):
         if task is None:
             continue
         model, extra = load(folder / "last.pt")
-        longest = 2**16 if (task, layer) == ("induction", "mamba") else 2**14
-        for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14, 2**16):
-            if length > longest:
-                break
+        for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14):
             count = min(256, 2**20 // length)
-            row = {"table": task, "path": layer, "memory": "default", "length": length,
-                   "windows": count, "accuracy": accuracy(model, task, length, count),
-                   "steps": extra["step"],
-                   "parameters": sum(p.numel() for p in model.parameters())}
-            rows.append(row)
-            print(f"{task:16}{layer:8}length {length:>7,}{row['accuracy']:8.1%} "
-                  f"of {count} windows", flush=True)
+            rows += tell([{"table": task, "path": layer, "length": length, "windows": count,
+                           "accuracy": accuracy(model, task, length, count),
+                           "steps": extra["step"]}])
     return rows
 
 
@@ -99,30 +102,27 @@ def study_selection(c):
 # 2. Loss by position
 
 
-@torch.inference_mode()
 def window_nats(model, data, length, stride, batch_size, piece=512):
     """Nats of each byte in windows that begin every `stride` bytes, each from an empty state: (windows, length).
 
     The mean over windows is the loss by position. With stride = length / 2 the second halves, and all of the first
     window, are what MambaByte reports: none is scored twice, and after the first window none with less than half a
     window before it. The last bytes, up to stride - 1 of them, are in no window.
-    A window is read `piece` bytes at a time, which bounds the memory and leaves the result as it is.
     """
     device = next(model.parameters()).device
     model.eval()
     read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
     starts = np.arange(0, len(data) - length + 1, stride)
-    rows = [torch.empty(0, length)]
+
+    def nats(logits, targets):  # (b, piece)
+        return F.cross_entropy(logits.mT, targets, reduction="none").cpu()
+
+    rows = []
     for part in tqdm(range(0, len(starts), batch_size), leave=False, disable=None):
         index = starts[part:part + batch_size, None] + np.arange(length)  # (b, length)
         arrays = [text[index].astype(np.int64) for text in (read, data)]
         tokens, targets = (torch.from_numpy(array).to(device) for array in arrays)
-        nats = []
-        state = None
-        for x, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
-            logits, state = model(x, state)
-            nats.append(F.cross_entropy(logits.mT, y, reduction="none").cpu())  # (b, piece)
-        rows.append(torch.cat(nats, dim=1))
+        rows.append(torch.cat(read_through(model, tokens, targets, piece, nats), dim=1))
     return torch.cat(rows)
 
 
@@ -161,36 +161,21 @@ def study_robust(c):
         if c.quick:
             model = LM(our_config(name, 32, 1))
             seq_len = 16
-            data = "this file"
             val = np.frombuffer(Path(__file__).read_bytes()[:2000], np.uint8)
         else:
             model, extra = load(path)
             seq_len = extra["flags"]["seq_len"]
-            data = extra["flags"]["data"]
-            val = load_corpus(data).val
-        size = {"path": name, "memory": "default", "data": data, "seq_len": seq_len,
-                "parameters": sum(p.numel() for p in model.parameters())}
-        found = noise_rows(model, val, seq_len) + length_rows(name, model, val, seq_len)
-        rows += [{**size, **row} for row in found]
+            val = load_corpus(extra["flags"]["data"]).val
+        for noise in NOISES:
+            bpb, _ = evaluate(model, corrupt(val, noise), seq_len, 16)
+            rows += tell([{"table": "noise", "path": name, "noise": noise or "none", "bpb": bpb}])
+        for key, parts in curves(name, model, val, seq_len).items():
+            rows += tell([{"table": "position", "path": f"{name}, {key}",
+                           "from": a, "to": b, "bpb": bpb} for a, b, bpb in parts])
     return rows
 
 
-def noise_rows(model, val, seq_len):
-    rows = []
-    words = len(bytes(val).split())  # of the clean text, since noise makes no words
-    print(f"\n{'noise':14}{'bits per byte':>15}{'bits per word':>15}{'perplexity of a word':>22}")
-    for noise in NOISES:
-        text = corrupt(val, noise)
-        bpb, _ = evaluate(model, text, seq_len, 16)
-        bits = bpb * len(text)
-        row = {"table": "noise", "noise": noise or "none", "bpb": bpb,
-               "bits_per_word": bits / words, "word_perplexity": word_perplexity(bits, val)}
-        rows.append(row)
-        print(f"{row['noise']:14}{bpb:15.3f}{bits / words:15.3f}{row['word_perplexity']:22.4g}")
-    return rows
-
-
-def length_rows(name, model, val, seq_len):
+def curves(name, model, val, seq_len):
     """By position, over 6 windows of 64 times the length; Mamba in windows of its training has one figure for all."""
     length = min(64 * seq_len, len(val))
     stride = max(1, (len(val) - length) // 5)
@@ -202,19 +187,11 @@ def length_rows(name, model, val, seq_len):
         half = seq_len // 2
         sliding = sliding_bpb(window_nats(model, val, seq_len, half, 16), half)
         plain = curve()
-        curves = {"plain": plain, "windowed": [(a, b, sliding) for a, b, _ in plain]}
-    else:
-        curves = {}
-        for key, window in (("plain", 0), ("windowed", seq_len)):
-            for layer in model.layers:
-                layer.mixer.window = window
-            curves[key] = curve(512 if window else length)  # one piece needs no mask in memory
-    rows = []
-    for key, parts in curves.items():
-        print(f"{name}, {key}: " + ", ".join(f"to {b:,} {bpb:.3f}" for _, b, bpb in parts))
-        rows += [{"table": "position", "path": f"{name}, {key}", "from": a, "to": b, "bpb": bpb}
-                 for a, b, bpb in parts]
-    return rows
+        return {"plain": plain, "windowed": [(a, b, sliding) for a, b, _ in plain]}
+    plain = curve(length)  # one piece needs no mask in memory
+    for layer in model.layers:
+        layer.mixer.window = seq_len
+    return {"plain": plain, "windowed": curve()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,16 +236,6 @@ def aligned(folder):
     return folder.with_name(folder.name + "_aligned")
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def last_loss(folder, count=20):
-    """Mean loss in bits of a run's last steps; students of one teacher read the same windows in them."""
-    losses = [line["train_bpb"] for line in read_log(folder) if line["train_bpb"] is not None]
-    return statistics.mean(losses[-count:])
-
-
 def beginning(flags, val):
     """Bits per byte of a student as it was made."""
     teacher, _ = load(flags["teacher"])
@@ -277,50 +244,30 @@ def beginning(flags, val):
     return evaluate(student, val, flags["seq_len"], 16)[0]
 
 
-@torch.inference_mode()
-def recall(model, val, gap, count=32, size=64, cue=16):
-    """Bits per byte that a model saves on the rest of a passage, after its first bytes, the cue, if the passage has
-    stood gap bytes before, against another passage having stood there."""
-    once, other = (torch.from_numpy(windows(val, size, count, 0, i)) for i in (0, count))
-    between = torch.from_numpy(windows(val, gap, count, 0, 2 * count))
-    bits = []
-    for first in (other, once):
-        logits, _ = model(torch.cat([first, between, once], dim=1))
-        rest = logits[:, cue - size - 1:-1].flatten(0, 1)
-        bits.append(F.cross_entropy(rest, once[:, cue:].flatten()).item() / math.log(2))
-    return bits[0] - bits[1]
-
-
 def describe_run(folder):
     """A row: bits per byte before the first step, after alignment and at the end; KL, the divergence from the teacher
-    that is left; bytes and seconds of all stages; recall."""
-    model, extra = load(folder)
-    val = load_corpus(extra["flags"]["data"]).val
-    two_stages = aligned(folder).exists()
-    ends = [read_log(stage)[-1] for stage in (aligned(folder), folder) if stage.exists()]
-    gaps = () if "scratch" in folder.name else (64, 1024)
-    row = {"table": "distillation", "model": folder.name,
-           "parameters": sum(p.numel() for p in model.parameters()),
-           "val_bpb": ends[-1]["val_bpb"], "bytes": sum(end["bytes"] for end in ends),
-           "seconds": sum(end["seconds"] for end in ends),
-           "recall": {gap: recall(model, val, gap) for gap in gaps}}
-    if two_stages:
-        row |= {"first_bpb": beginning(load(aligned(folder))[1]["flags"], val),
-                "aligned_bpb": ends[0]["val_bpb"], "kl": last_loss(folder)}
-    keys = [key for key in ("first_bpb", "aligned_bpb", "val_bpb", "kl") if key in row]
-    figures = ", ".join(f"{key} {row[key]:.4f}" for key in keys)
-    saved = ", ".join(f"recall at {gap} {bits:.3f}" for gap, bits in row["recall"].items())
-    print(f"  {folder.name:22}{figures}; {row['bytes']:,} bytes, {row['seconds']:.0f} s; {saved}",
-          flush=True)
+    in the last 20 steps, where students of one teacher read the same windows; bytes and seconds of all stages."""
+    stages = [stage for stage in (aligned(folder), folder) if stage.exists()]
+    logs = [[json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+            for stage in stages]
+    ends = [log[-1] for log in logs]
+    row = {"table": "distillation", "model": folder.name, "val_bpb": ends[-1]["val_bpb"],
+           "bytes": sum(end["bytes"] for end in ends),
+           "seconds": sum(end["seconds"] for end in ends)}
+    if len(stages) == 2:
+        flags = load(stages[0])[1]["flags"]
+        losses = [line["train_bpb"] for line in logs[1] if line["train_bpb"] is not None]
+        row |= {"first_bpb": beginning(flags, load_corpus(flags["data"]).val),
+                "aligned_bpb": ends[0]["val_bpb"], "kl": statistics.mean(losses[-20:])}
     return row
 
 
 def make_distillation(path, share, b, l, d_model, n_layer, device):
-    """A step of the student: of plain training, or of a stage of distillation, the teacher's reading included."""
+    """A step of the student: of plain training, or of distillation, the teacher's reading included."""
     shape = {"d_model": d_model, "n_head": 2, "n_kv_head": 2, "window": l}
     teacher = LM(Config(("attention+mlp",) * n_layer, **shape)).to(device).eval()
     student = make_student(teacher, share, "attention").to(device).train()
-    c = distill.Flags(stage="align" if path == "align" else "all")
+    c = distill.Flags()
     mixers = replaced(student, teacher)
     freeze(student, c.stage, mixers)
     loss_of = prediction_loss if path == "training" else make_loss(c, teacher, mixers)
@@ -333,7 +280,7 @@ def make_distillation(path, share, b, l, d_model, n_layer, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"step": step}
+    return step
 
 
 def unlimited(folder, device="cpu"):
@@ -344,9 +291,9 @@ def unlimited(folder, device="cpu"):
     return wide
 
 
-def make_run_context(path, root, context, count, device):
+def make_run_context(folder, context, count, device):
     """count bytes after a context, by a run's model."""
-    model = unlimited(Path(root) / path, device)
+    model = unlimited(folder, device)
     return write_after(model, torch.randint(256, (1, context), device=device), count)
 
 
@@ -359,29 +306,29 @@ def state_mb(folder, context):
 def study_distill(c):
     """The runs of distillation_runs; then the price of a step, and speed and memory of writing."""
     root = Path(tempfile.mkdtemp()) if c.quick else RUNS
-    size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2}
-    if not c.quick:
-        size = {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
+    size = {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
+    if c.quick:
+        size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2}
     runs = distillation_runs(root, c.quick)
     for folder, flags, program in runs:
         train_once(folder, flags, program)
-    print("\nbits per byte at first, aligned, at the end")
-    rows = [describe_run(folder) for folder, *_ in runs if not folder.name.endswith("aligned")]
+    ends = [folder for folder, *_ in runs if not folder.name.endswith("aligned")]
+    rows = tell([describe_run(folder) for folder in ends])
+    kind, = kinds_of_memory(c, "kept")
     for share in SHARES:
-        work = size["b"] * size["l"]
-        kind = kinds_of_memory(c, "kept")[0]
-        cells = [Cell(path, make_distillation, {"path": path, "share": share, **size}, kind, work)
-                 for path in ("training", "align", "all")]
-        rows += compare("distillation step", {"share": share}, cells, c)
+        args = {"share": share, **size}
+        cells = [Cell(path, make_distillation, {"path": path, **args}, kind, size["b"] * size["l"])
+                 for path in ("training", "all")]
+        rows += compare("distillation step", "step", {"share": share}, cells, c)
     names = ["teacher"] + [f"{share}_attention" for share in SHARES]
     for context in (16,) if c.quick else (256, 2048, 8192):
-        args = {"root": str(root), "context": context, "count": 32}
-        cells = [Cell(name, make_run_context, {"path": name, **args}, work=32) for name in names]
-        found = compare("writing after a context", {"context": context}, cells, c)
+        args = {"context": context, "count": 32}
+        cells = [Cell(name, make_run_context, {"folder": root / name, **args}, work=32)
+                 for name in names]
+        found = compare("writing after a context", "writing", {"context": context}, cells, c)
         for row in found:
             row["state_mb"] = state_mb(root / row["path"], context)
-            print(f"    {row['path']:24}state {row['state_mb']:8.2f} MB", flush=True)
-        rows += found
+        rows += tell(found)
     return rows
 
 
