@@ -705,6 +705,7 @@ def load(path, device="cpu"):
         weights = extra.pop("model")
         wrong = misfits(layout, model.state_dict(), weights)
         require(not wrong, wrong)
+        require(all(t.is_floating_point() for t in weights.values()), "its weights are no floats")
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

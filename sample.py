@@ -484,6 +484,8 @@ def write(c):
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def distribution(logits):
+        if not math.isfinite(logits.amax()):
+            raise UserError(f"{c.ckpt}: logits are not finite; take an earlier checkpoint")
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
 
     def plain():

@@ -122,7 +122,7 @@ class RunFlags:
                       one_of=("auto", "float32", "bfloat16", "float64"))
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
     seq_len: int = flag(128, "bytes in a window", low=1)
-    batch_size: int = flag(8, "windows in a step, over all processes", low=1)
+    batch_size: int = flag(8, "windows in a step, over all processes", low=1, high=2**20)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
     lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero")
     warmup: int = flag(50, "first steps, over which it rises from zero instead")
@@ -423,7 +423,7 @@ def claim(folder):
 def open_log(folder, logged):
     """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
     path = folder / "log.jsonl"
-    known = path.read_bytes()[:logged] if path.exists() else b""
+    known = path.read_bytes()[:logged] if path.is_file() else b""
     with whole_file(path) as file:
         file.write(known)
     return open(path, "ab", buffering=0)
@@ -784,6 +784,8 @@ def check_model(path, config, c, given):
 
 def eval_only(c, given):
     """Validate --out, a run or a published checkpoint, by its own flags but for those given."""
+    ignored = given.keys() & {"init", "compile"}
+    require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
     saved = extra.get("flags", {}).items()  # none of a published checkpoint, others of distill.py
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})

@@ -35,13 +35,15 @@ STATE_SPACES_NAMES = (
 MAMBABYTE_NAMES = (
     ("mambabyte.token_embedding.", "embedding."), ("mambabyte.layers.{i}.", "layers.{i}."),
     ("mambabyte.final_norm.", "norm_f."), ("lm_head.", "lm_head."))
+NO_LIMIT = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])  # of dt; None: not written
 STATE_SPACES = {
     "d_model": "d_model", "n_layer": "n_layer", "vocab_size": "vocab", "tie_embeddings": "tie",
-    "pad_vocab_size_multiple": (1, 8, 16, 32, 64), "ssm_cfg.d_state": "d_state",
-    "ssm_cfg.d_conv": "d_conv", "ssm_cfg.expand": "expand", "ssm_cfg.bias": "bias",
-    "ssm_cfg.conv_bias": "conv_bias"}
+    "pad_vocab_size_multiple": tuple(range(1, 4097)), "rms_norm": "rms",
+    "ssm_cfg.d_state": "d_state", "ssm_cfg.d_conv": "d_conv", "ssm_cfg.expand": "expand",
+    "ssm_cfg.bias": "bias", "ssm_cfg.conv_bias": "conv_bias"}
 STATE_SPACES_2 = STATE_SPACES | {
     "ssm_cfg.layer": ("Mamba2",), "ssm_cfg.norm_before_gate": (False,),
+    "ssm_cfg.activation": (None, "swish", "silu"), "ssm_cfg.dt_limit": NO_LIMIT,
     "ssm_cfg.headdim": "head_dim", "ssm_cfg.ngroups": "n_group"}
 
 # transformers: MambaForCausalLM, Mamba2ForCausalLM
@@ -54,7 +56,7 @@ HF_MAMBA = HF | {
     "use_bias": "bias", "use_conv_bias": "conv_bias", "layer_norm_epsilon": "norm_eps"}
 HF_MAMBA_2 = HF_MAMBA | {
     "model_type": ("mamba2",), "num_heads": "heads", "head_dim": "head_dim", "n_groups": "n_group",
-    "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])}
+    "time_step_limit": NO_LIMIT}
 
 # transformers: LlamaForCausalLM, its rotary settings under an older and a newer key; the first is written
 LLAMA_NAMES = (
@@ -69,7 +71,8 @@ LLAMA = HF | {
     "model_type": ("llama",), "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
     "head_dim": "head_size", "intermediate_size": "d_mlp", "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_base", "rope_parameters.rope_theta": "rope_base",
-    "rope_scaling": "rope_scaling", "rope_parameters": "rope_scaling"}
+    "rope_scaling": "rope_scaling", "rope_parameters": "rope_scaling",
+    "attention_bias": (None, False), "mlp_bias": (None, False)}
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # JunxiongWang/BiGS_*, the PyTorch files
@@ -106,8 +109,10 @@ LAYOUTS = {
     "llama": Layout("model.safetensors", LLAMA_NAMES,
                     {"attention+mlp": LLAMA}, {"norm": "rms", "window": 0}),
     "bigs": Layout("pytorch_model.bin", BIGS_NAMES,
-                   {"s4d": BIGS}, {"norm": "layer", "block": "gated"}),
+                   {"s4d": BIGS}, {"norm": "layer", "block": "gated", "gelu": "tanh"}),
 }
+MISSING = {"mamba2": {"d_state": 128}, "attention+mlp": {"norm_eps": 1e-6},
+           "s4d": {"norm_eps": 1e-12}}  # what config.json leaves out, if it is not Config's default
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Names
@@ -207,7 +212,8 @@ def derived(c):
     """Sizes that follow from our settings, and that other programs' settings name too."""
     d_inner = c.get("expand", 2) * c["d_model"]
     return {"n_layer": len(c["layers"]), "head_size": c["d_model"] // (c.get("n_head") or 1),
-            "d_inner": d_inner, "heads": d_inner // (c.get("head_dim") or 1)}
+            "d_inner": d_inner, "heads": d_inner // (c.get("head_dim") or 1),
+            "rms": c["norm"] == "rms"}
 
 
 def mamba_sizes(tensors):
@@ -222,25 +228,23 @@ def mamba_sizes(tensors):
 def complete(layout, tensors, config):
     """All settings of ours, from config.json, or for a Mamba without one from the shapes; misfits compares the rest."""
     table = LAYOUTS[layout]
-    newer = "layers.0.mixer.dt_bias" in tensors
-    kind = "mamba2" if newer else next(iter(table.settings))
+    kind = "mamba2" if "layers.0.mixer.dt_bias" in tensors else next(iter(table.settings))
     require(config is not None or kind == "mamba", "config.json is missing beside it")
     told = mamba_sizes(tensors) if config is None else read_settings(config, table.settings[kind])
+    told.pop("rms", None)  # the tensors tell; MambaByte's have LayerNorms whatever it says
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     rows, d_model = tensors["embedding.weight"].shape
     c = {"layers": (kind,) * len(layers), "d_model": d_model}
     c["norm"] = "layer" if "layers.0.norm.bias" in tensors else "rms"
-    if kind == "mamba2":
-        c["d_state"] = 128  # of Mamba-2, unless config.json tells
     if kind == "attention+mlp":
         c["n_kv_head"] = told["n_head"]  # of Llama 1, unless config.json tells
     if kind == "s4d":
         c["expand"] = told["d_inner"] // d_model
-    c |= table.needs | told
+    c |= table.needs | MISSING.get(kind, {}) | told
     c["vocab"] = max(rows, told.get("vocab", 0))  # state-spaces: 50277 symbols in 50280 rows
     for ours, value in derived(c).items():
         require(c.pop(ours, value) == value,
-                f"config.json makes {ours} {told.get(ours)}, where {value} is expected")
+                f"config.json has {ours} {told.get(ours)}, where {value} follows from the rest")
     return c
 
 
@@ -296,10 +300,9 @@ def write(path, layout, c, tensors):
         tensors = {**tensors, "type_table.weight": torch.zeros(2, c["d_model"])}
     rows = backwards(layout)
     tensors = {rename(name, rows): t for name, t in tensors.items()}
-    safe = table.file.endswith(".safetensors")
-    if safe and c["tie"]:  # no two names for the same memory there
+    save = write_safetensors if table.file.endswith(".safetensors") else torch.save
+    if save is write_safetensors and c["tie"]:  # no two names for the same memory there
         del tensors["lm_head.weight"]
-    save = write_safetensors if safe else torch.save
     try:
         with whole_file(Path(path, table.file)) as file:
             save(tensors, file)

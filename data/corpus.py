@@ -15,6 +15,7 @@ import platform
 import shutil
 import sysconfig
 import tempfile
+import time
 import zipfile
 from contextlib import suppress
 from http.client import HTTPException
@@ -221,6 +222,9 @@ def load_corpus(name, cache=CACHE):
     is then ./python.
     """
     try:
+        for half in cache.glob("*.tmp"):  # that a crash left; nobody writes for an hour
+            if half.stat().st_mtime < time.time() - 3600:
+                half.unlink()
         if name == "python":
             return load_python()
         if name in DOWNLOADS:
@@ -242,8 +246,8 @@ def load_tokens(name, vocab):
     """
     raw = np.uint16 if vocab <= 1 << 16 else np.uint32
     try:
-        npy = name.endswith(".npy")
-        data = np.load(name, mmap_mode="r") if npy else np.memmap(name, raw, mode="r")
+        require(os.path.isfile(name), "no such file")  # open would wait for a pipe
+        data = np.load(name, "r") if name.endswith(".npy") else np.memmap(name, raw, "r")
         require(data.ndim == 1 and data.dtype in (np.uint16, np.uint32) and len(data) > 1,
                 f"{data.dtype} of shape {data.shape}")
         highest = data.max()

@@ -23,11 +23,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def find(folder):
     """The file of a published checkpoint: a well-known name, or else the only file that ends like one, or None."""
-    for name in FILES:
-        if (folder / name).exists():
-            return folder / name
-    others = [path for path in folder.iterdir() if path.suffix in ENDINGS]
-    return others[0] if len(others) == 1 else None
+    known = [folder / name for name in FILES if (folder / name).exists()]
+    found = known[:1] or [path for path in folder.iterdir() if path.suffix in ENDINGS]
+    return found[0] if len(found) == 1 else None
 
 
 def some(names):
@@ -81,6 +79,7 @@ def read_shards(index):
     where = json.loads(index.read_bytes())["weight_map"]
     tensors = {}
     for file in sorted(set(where.values())):
+        require(file.endswith(ENDINGS), f"{index} names {some([file])}, which holds no tensors")
         shard = read_file(index.with_name(file))
         wrong = shard.keys() ^ {name for name in where if where[name] == file}
         require(not wrong, f"{index} and {file} differ in {some(wrong)}")
@@ -90,6 +89,7 @@ def read_shards(index):
 
 def read_file(path):
     """The content of one file, by its ending; UserError for whatever is wrong with it."""
+    require(path.is_file() or not path.exists(), f"{path} is no file")  # open would wait for a pipe
     try:
         with open(path, "rb") as file:
             start = file.read(11)

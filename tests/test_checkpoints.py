@@ -1,6 +1,7 @@
 """data/checkpoints.py, data/tensors.py: published weights open here with the same logits; damage is named in one line."""
 import json
 import math
+import os
 import pickle
 import struct
 from dataclasses import replace
@@ -340,6 +341,83 @@ def test_settings_that_contradict_the_tensors_or_are_not_computed_here_say_so(tm
         for text in ("", "[]", "{", '{"model_type": }', "\xff"):
             (tmp_path / "config.json").write_text(text, encoding="latin-1")
             assert "config.json" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("kind, layout, key, bad, good", [
+    ("mamba2", "state-spaces", "ssm_cfg.dt_limit", [0, 0.01], [0.0, math.inf]),
+    ("mamba2", "state-spaces", "ssm_cfg.activation", "relu", "silu"),
+    ("mamba2", "state-spaces", "ssm_cfg.norm_before_gate", True, False),
+    ("mamba2", "state-spaces", "ssm_cfg.ngroups", True, 3),
+    ("mamba2", "state-spaces", "pad_vocab_size_multiple", 0, 128),
+    ("mamba", "state-spaces", "pad_vocab_size_multiple", 1.5, 256),
+    ("mamba", "hf", "hidden_act", "relu", "swish"), ("mamba", "hf", "layer_norm_epsilon", 10**11, 1e-5),
+    ("mamba2", "hf", "time_step_limit", [0, 0.01], [0, {"__float__": "Infinity"}]),
+    ("llama", "llama", "attention_bias", True, False), ("llama", "llama", "mlp_bias", True, None),
+    ("llama", "llama", "rms_norm_eps", 10**11, 1e-3), ("llama", "llama", "rope_theta", 0, 77),
+    ("llama", "llama", "tie_word_embeddings", "no", True), ("llama", "llama", "rms_norm_eps", 1e308, 1e-3),
+    ("BiGS", "bigs", "hidden_act", "gelu_new", "gelu"), ("BiGS", "bigs", "pre_norm", False, True)])
+def test_settings_that_change_numbers_at_equal_shapes_are_read_or_refused(kind, layout, key, bad, good, tmp_path):
+    save(tmp_path, make(MODELS[kind]), layout)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    outer, _, inner = key.rpartition(".")
+    for value in (bad, good):
+        (settings[outer] if outer else settings)[inner] = value
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        if value == bad:
+            failure(tmp_path / ("pytorch_model.bin" if layout in ("state-spaces", "bigs") else "model.safetensors"))
+    assert load(tmp_path)[0].config == MODELS[kind]
+
+
+@pytest.mark.parametrize("kind, layout, key, default", [
+    ("llama", "llama", "rms_norm_eps", 1e-6), ("BiGS", "bigs", "layer_norm_eps", 1e-12),
+    ("mamba", "hf", "layer_norm_epsilon", 1e-5), ("mamba2", "hf", "layer_norm_epsilon", 1e-5)])
+def test_a_missing_epsilon_is_its_layouts_own(kind, layout, key, default, tmp_path):
+    """LlamaConfig, BiGSConfig, MambaConfig and Mamba2Config of the programs that wrote them."""
+    save(tmp_path, make(replace(MODELS[kind], norm_eps=0.1)), layout)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.pop(key) == 0.1
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path)[0].config.norm_eps == default
+
+
+def test_what_is_saved_says_what_other_programs_need(tmp_path):
+    """LayerNorms to state-spaces' loader; to transformers the hidden size that 0 becomes here."""
+    for kind, rms in (("MambaByte", False), ("mamba2, untied", False), ("mamba", True)):
+        save(tmp_path / kind, make(MODELS[kind]), "state-spaces")
+        assert json.loads((tmp_path / kind / "config.json").read_text())["rms_norm"] is rms
+    model = make(Config(("attention+mlp",) * 2, d_model=64))
+    save(tmp_path / "llama", model, "llama")
+    assert json.loads((tmp_path / "llama" / "config.json").read_text())["intermediate_size"] == 192
+    assert torch.equal(logits(load(tmp_path / "llama")[0]), logits(model))
+    with pytest.raises(UserError, match="'gelu': 'tanh'.*this model has s4d with .*'gelu': 'none'"):
+        save(tmp_path / "x", make(replace(MODELS["BiGS"], gelu="none")), "bigs")
+
+
+def test_heads_of_another_width_are_refused_for_what_they_are(tmp_path):
+    save(tmp_path, make(MODELS["llama"]), "llama")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"head_dim": 8}))
+    assert "config.json has head_size 8, where 6 follows from the rest" in failure(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin.index.json", "", "a\0.bin", "a.txt"])
+def test_an_index_names_files_of_tensors_and_not_itself(file, tmp_path):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"backbone.norm_f.weight": file}}))
+    assert "Recursion" not in failure(index)
+
+
+def test_shapes_and_names_that_no_tensor_has_are_one_line(tmp_path):
+    for name, shape in (("a", [2**63, 0]), ("backbone.a\nb", [0])):
+        header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        failure(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.safetensors.index.json"])
+def test_no_pipe_is_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    assert "is no file" in failure(tmp_path / name)
 
 
 def test_shards_that_are_missing_or_repeat_each_other_are_named(tmp_path):

@@ -360,7 +360,7 @@ def test_a_stopped_distillation_resumes_exactly(stage, teacher, corpus, tmp_path
     ("--keep_attention 1.5", ["--keep_attention 1.5"]), ("--keep_attention nan", ["--keep_attention"]),
     ("--layer mamba", ["--layer"]), ("--mixers best", ["--mixers best", "scratch"]),
     ("--stage 2", ["--stage 2", "align"]), ("--kl -1", ["--kl -1"]), ("--kl 0", ["all 0"]),
-    ("--kl nan", ["--kl nan"]), ("--steps 0", ["--steps 0"]),
+    ("--kl nan", ["--kl nan"]), ("--beta 1", ["--beta"]), ("--steps " + "9" * 30, ["--steps"]), ("--steps 0", ["--steps 0"]),
     ("--stage align --keep_attention 1", ["--stage align", "--keep_attention 1"]), ("--teacher no_such", ["no_such"]),
     ("--student no_such", ["no_such"]), ("--pseudo no_such", ["no_such"]), ("--d_model 32", ["--d_model"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, corpus, tmp_path, capsys):
@@ -450,7 +450,8 @@ def test_token_files(llama, tokens, tmp_path, capsys):
     np.save(tmp_path / "high.npy", np.array([1, 331, 2], np.uint16))
     (tmp_path / "text.npy").write_text("To be, or not to be")
     (tmp_path / "empty.bin").write_bytes(b"")
-    for name, part in {"float.npy": "float64", "high.npy": "331", "text.npy": "text.npy", "empty.bin": "empty.bin",
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name, part in {"float.npy": "float64", "high.npy": "331", "text.npy": "text.npy", "empty.bin": "empty.bin", "pipe.bin": "no such file",
                        "none.bin": "none.bin"}.items():
         refused(capsys, argv(llama, tmp_path / name, tmp_path / "run"), f"--data {tmp_path / name}", part, main=distill.main)
     assert not (tmp_path / "run").exists()

@@ -192,6 +192,53 @@ def test_autocast_keeps_the_parameters_and_the_recurrent_state_wide(kind):
     assert (torch.cat([logits, logits2], 1) - want).norm() < 0.05 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2"])
+def test_a_model_of_half_precision_is_near_the_whole_one(kind, dtype):
+    """Complex parameters have no such type; their kernels stay float32."""
+    model, x = make(kind, torch.float32), tokens(20)
+    with torch.no_grad():
+        want = model(x)[0]
+        got = model.to(dtype)(x)[0]
+    assert got.dtype == dtype and (got.float() - want).norm() < 0.1 * want.norm()
+
+
+@every_kind
+def test_a_state_fits_the_model_that_it_comes_from_alone(kind):
+    model, x = make(kind), tokens(9)
+    state = model(x)[1]
+    for other in (state[:1], state + state[:1]):
+        with pytest.raises(ValueError):
+            model(x, other)
+
+
+@every_kind
+def test_a_state_is_saved_and_loaded_without_code(kind, tmp_path):
+    model, x = make(kind), tokens(9)
+    state = model(x)[1]
+    torch.save(state, tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert type(again[0]) is type(state[0]) and torch.equal(model(x, again)[0], model(x, state)[0])
+
+
+@pytest.mark.parametrize("upto", [10, -1, 2**40])
+def test_no_other_number_of_positions_can_be_kept_than_there_are(upto):
+    with pytest.raises(ValueError, match=f"upto is {upto}, expected from 0"):
+        make("mamba")(tokens(9), upto=upto)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(norm_eps=1e308), dict(norm_eps=math.nan), dict(rope_base=0.0), dict(rope_base=math.nan), dict(tie="no"),
+    dict(window=-5), dict(norm="rsm"), dict(dropout=1.0), dict(d_model=True), dict(d_mlp=-1), dict(gelu="exact"),
+    dict(n_group=3), dict(n_group=0), dict(n_group=-1), dict(layers=()), dict(merges=((1, 2, 3),)), dict(vocab=2.0)])
+def test_a_setting_that_cannot_be_is_one_line_with_its_name(changes):
+    """Heads that do not divide into the groups too: 2 * 16 channels are 4 heads."""
+    with pytest.raises(UserError) as error:
+        Config(**{"d_model": 16, "head_dim": 8, **changes})
+    name = {"layers": "layer", "merges": "merges"}.get(*changes, *changes)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
 # Pieces
 
 
@@ -550,6 +597,24 @@ def test_a_checkpoint_that_does_not_fit_says_where(tmp_path):
         assert "does not fit" in found and message in found
     torch.save({"format": FORMAT, "model": model.state_dict()}, path)
     assert "config" in failure(path)
+
+
+@pytest.mark.parametrize("merges", [7, "ab", [[1]], [[256, 1]], [[1, 2.0]], [[[1], 2]], [None], {1: 2},
+                                    [[97, 97]] + [[256 + i] * 2 for i in range(59)]])
+def test_merges_that_are_none_are_one_line(merges, tmp_path):
+    """Also pairs of words that do not exist yet, and words that double sixty times: 4.3 GB each."""
+    model = make("mamba")
+    count = len(merges) if hasattr(merges, "__len__") else 0
+    config = {**dataclasses.asdict(model.config), "merges": merges, "vocab": 256 + count}
+    torch.save({"format": FORMAT, "config": config, "model": model.state_dict()}, tmp_path / "m.pt")
+    assert "does not fit" in failure(tmp_path / "m.pt")
+
+
+def test_complex_weights_are_refused(tmp_path):
+    model = make("mamba")
+    weights = {**model.state_dict(), "norm_f.weight": torch.ones(12, dtype=torch.complex64)}
+    torch.save({"format": FORMAT, "config": dataclasses.asdict(model.config), "model": weights}, tmp_path / "m.pt")
+    failure(tmp_path / "m.pt")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

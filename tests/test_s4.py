@@ -320,6 +320,9 @@ def test_misshapen_inputs_are_named(layer):
                        (torch.randn(5, 3), r"x has shape \(5, 3\), expected \(b, l, d\)")):
         with pytest.raises(ValueError, match=message):
             layer(x, dt, *system)
+    for shape in ((2, 3, 1), (3, system[0].shape[1]), (2, 3)):
+        with pytest.raises(ValueError, match="h0 has shape"):
+            layer(torch.randn(2, 5, 3), dt, *system, h0=torch.zeros(shape))
     with pytest.raises(ValueError, match="recurrence, convolution, auto"):
         layer(torch.randn(2, 5, 3), dt, *system, impl="scan")
 

@@ -331,7 +331,7 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(runs, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", [
     "--temperature -1", "--temperature nan", "--temperature inf", "--temperature hot", "--top_p 0", "--top_p 1.5",
-    "--top_p nan", "--top_k -1", "--bytes 0", "--bytes -5", "--bytes 1.5", "--batch 0", "--batch 70000", "--rounds -1",
+    "--top_p nan", "--top_p 1e-46", "--top_k -1", "--bytes 0", "--bytes -5", "--bytes 1.5", "--batch 0", "--batch 70000", "--rounds -1",
     "--promt a", "--device tpu9", "--dtype int8", "--seed 99999999999999999999"])
 def test_bad_flags_are_one_line(flags, runs, capsys):
     """The flag and its value are named, in argparse's words for a wrong type or name."""
@@ -362,6 +362,30 @@ def test_weights_that_are_not_finite_write_nothing(tmp_path, capsys):
         model.norm_f.weight[3] = torch.nan
     save(tmp_path / "best.pt", model)
     refused(capsys, ["--ckpt", tmp_path, "--temperature", 0], "not finite")
+
+
+@pytest.mark.parametrize("flags", ["--temperature 0", "--temperature 1", "--top_p 0.5", "--draft ngram"])
+def test_logits_that_are_not_finite_write_nothing(flags, tmp_path, capsys):
+    """Finite weights may overflow; NUL bytes, the first of equal ones, would look like text."""
+    model = make("mamba").float()
+    with torch.no_grad():
+        model.norm_f.weight.fill_(3e38)
+        model.lm_head.weight.mul_(100)
+    save(tmp_path / "best.pt", model)
+    refused(capsys, ["--ckpt", tmp_path, "--device", "cpu", *flags.split()], "not finite")
+
+
+def test_the_state_of_a_prompt_can_be_trained_on():
+    model, tokens = make("mamba2"), torch.randint(256, (2, 9))
+    _, state = prefill(model, tokens)
+    model(tokens, state)[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_of_a_task_is_drafted_for_without_its_corpus(tmp_path, capsysbinary):
+    save(tmp_path / "best.pt", make("mamba2").float(), flags={"data": "induction"})
+    flags = ("--ckpt", tmp_path, "--bytes", 9, "--raw", "--temperature", 0)
+    assert written(capsysbinary, *flags, "--draft", "ngram") == written(capsysbinary, *flags)
 
 
 # Published checkpoints

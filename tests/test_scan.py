@@ -141,6 +141,28 @@ def test_scan_refuses_a_misspelt_path_and_an_empty_sequence():
         scan(x[:, :0], x[:, :0])
 
 
+@pytest.mark.parametrize("impl", SCANS)
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1), (3, 3, 1)])
+def test_scan_names_the_misshapen_initial_state(impl, shape):
+    """It would broadcast, in one path otherwise than in another."""
+    x = torch.rand(3, 9, 3)
+    with pytest.raises(ValueError, match=r"scan: h0 has shape .*, expected \(3, 3\)") as error:
+        scan(x, x, torch.randn(shape), impl=impl)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_what_is_not_finite_does_not_reach_the_past(impl, bad):
+    """A masked product would make 0 * nan of it."""
+    tensors = inputs(100)
+    y, _ = selective_scan(*tensors, impl=impl)
+    for i in (0, 1, 3, 4):  # x, dt, B, C
+        changed = [t.clone() for t in tensors]
+        changed[i][:, 70:] = bad
+        assert torch.equal(selective_scan(*changed, impl=impl)[0][:, :70], y[:, :70])
+
+
 # The selective scan
 
 

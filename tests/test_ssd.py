@@ -130,6 +130,18 @@ def test_the_future_cannot_be_seen(impl):
         assert ((y2[:, 41:] - y[:, 41:]).abs().amax((0, 3)) > 1e-6).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("impl, safe", [("naive", 70), ("chunked", 64)])
+def test_what_is_not_finite_does_not_reach_the_past(impl, safe, bad):
+    """Of the chunks before its own, of 32 steps: within one, the masked product makes 0 * nan of it."""
+    tensors = inputs(100)
+    y, _ = ssd(*tensors, impl=impl)
+    for i in (0, 1, 3, 4):  # x, dt, B, C
+        changed = [t.clone() for t in tensors]
+        changed[i][:, 70] = bad
+        close(ssd(*changed, impl=impl)[0][:, :safe], y[:, :safe], 1e-14)
+
+
 @pytest.mark.parametrize("impl", ["naive", "quadratic", "chunked"])
 def test_the_initial_state_enters_linearly(impl):
     """y_t(h0) = y_t(0) + exp(A sum dt) h0 C_t: what lets chunks be computed apart and joined later."""

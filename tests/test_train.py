@@ -1,5 +1,6 @@
 """train.py: what is decayed, exact resume, how validation counts, schedules, and every bad input as one line."""
 import dataclasses
+import io
 import json
 import math
 import os
@@ -487,7 +488,142 @@ def test_a_step_that_is_far_too_long_stops_the_run(flags, corpus, tmp_path, caps
         assert math.isfinite(evaluate(load(tmp_path / "run" / "last.pt")[0], np.fromfile(corpus, np.uint8), 16, 4)[0])
 
 
+def test_another_batch_size_reads_on_where_the_run_was(corpus, tmp_path, monkeypatch):
+    """No window twice and none left out; the log's bytes are those that were read."""
+    firsts, draw = [], train.windows
+    monkeypatch.setattr(train, "windows", lambda data, length, batch, seed, first: firsts.append(
+        (first, batch)) or draw(data, length, batch, seed, first))
+    go(corpus, tmp_path / "run", "--batch_size", 8)
+    log = go(corpus, tmp_path / "run", "--resume", "--batch_size", 4, "--steps", 7)
+    assert firsts[1:5] == [(0, 8), (8, 8), (16, 8), (24, 8)] and firsts[-3:] == [(32, 4), (36, 4), (40, 4)]
+    assert [line["bytes"] for line in log if line["train_bpb"]] == [128, 256, 384, 512, 576, 640, 704]
+
+
+def test_a_run_knows_what_it_has_read(corpus, tmp_path, capsys):
+    """Another file of the same name is refused, and a folder that its own log would join."""
+    go(corpus, tmp_path / "run")
+    corpus.write_bytes(corpus.read_bytes().swapcase())
+    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "this run has read 900 bytes")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(corpus.read_bytes())
+    refused(capsys, argv(tmp_path / "texts", tmp_path / "texts" / "run"), "no text to train on")
+    assert not (tmp_path / "texts" / "run").exists()
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
+    """And what a crash left half-written there goes."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt.1.tmp").write_bytes(b"half")
+    lock = train.claim(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == []
+    refused(capsys, argv(corpus, tmp_path / "run"), "another process trains in")
+    os.close(lock)
+    go(corpus, tmp_path / "run")
+    os.close(train.claim(tmp_path / "run"))  # a run that has ended holds nothing
+
+
+def test_a_closed_terminal_saves_the_run(corpus, tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert train.main(argv(corpus, tmp_path / "run")) == 129
+    assert load(tmp_path / "run" / "last.pt")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["evaluate", "learn_merges"])
+def test_ctrl_c_outside_the_loop_is_one_line(name, corpus, tmp_path, monkeypatch, capsys):
+    go(corpus, tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setattr(train, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    flags = ["--out", str(tmp_path / "run"), "--eval_only"]
+    assert train.main(flags if name == "evaluate" else argv(corpus, tmp_path / "new", "--bpe", 3)) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("changes", [
+    {"step": "x"}, {"seconds": None}, {"read": [1]}, {"random": None}, {"random": torch.zeros(3)}, {"optimizer": 7},
+    {"flags": {"lr": "fast"}}, {"flags": {"warmup": [3]}}, {"flags": {"data": None}}, {"flags": {"seq_len": -1}}])
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(changes, corpus, tmp_path, capsys):
+    go(corpus, tmp_path / "run")
+    model, extra = load(tmp_path / "run" / "last.pt")
+    changes = {name: {**extra[name], **value} if name == "flags" else value for name, value in changes.items()}
+    train.save(tmp_path / "run" / "last.pt", model, **{**extra, **changes})
+    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9])
+
+
+def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
+    """AdamW's fused step would read beyond its end."""
+    go(corpus, tmp_path / "run")
+    model, extra = load(tmp_path / "run" / "last.pt")
+    extra["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    train.save(tmp_path / "run" / "last.pt", model, **extra)
+    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "its optimizer is another model's")
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(corpus, tmp_path):
+    go(corpus, tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in go(corpus, tmp_path / "run", "--resume", "--steps", 5)] == [5, 5]
+
+
+def test_others_wait_for_a_validation_of_process_0(monkeypatch):
+    """As long as it takes: the usual half hour would end the run, and nothing would be saved."""
+    given = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    assert train.join_processes(torch.device("cpu")) == (0, 2, torch.device("cpu"))
+    assert given["timeout"].total_seconds() >= 86_400
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), RuntimeError("can't allocate")])
+def test_too_little_memory_names_what_to_lower(error, corpus, tmp_path, capsys, monkeypatch):
+    def raises(*args):
+        raise error
+
+    monkeypatch.setattr(train, "prediction_loss", raises)
+    refused(capsys, argv(corpus, tmp_path / "run"), "lower --batch_size, --seq_len or --d_model")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval_only"]])
+def test_an_output_that_takes_nothing_is_one_line(flags, corpus, tmp_path, capsys, monkeypatch):
+    """A full disk says so; where nobody reads, nothing is said."""
+    class Output:
+        def __init__(self, error):
+            self.error = error
+
+        def write(self, text):
+            raise self.error
+
+        flush = write
+
+    go(corpus, tmp_path / "run")
+    for i, (error, status) in enumerate(((OSError(28, "No space left on device"), 2), (BrokenPipeError(), 130))):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Output(error))
+            again = ["--out", str(tmp_path / "run"), *flags]
+            assert train.main(again if flags else argv(corpus, tmp_path / str(i))) == status
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_the_terminal_cannot_show_is_a_question_mark(corpus, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert train.main(argv(corpus, tmp_path / "r\u0436n")) == 0 and len(read_log(tmp_path / "r\u0436n")) == 5
+    out.flush()
+    assert b"/r?n" in out.buffer.getvalue()
+
+
+def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys):
+    go(corpus, tmp_path / "run")
+    model, extra = load(tmp_path / "run")
+    with torch.no_grad():
+        model.norm_f.weight[3] = torch.nan
+    train.save(tmp_path / "run" / "best.pt", model, **extra)
+    refused(capsys, ["--out", tmp_path / "run", "--eval_only"], "validation loss is nan")
 
 
 @pytest.mark.parametrize("flags, parts", [
@@ -504,7 +640,9 @@ def test_a_step_that_is_far_too_long_stops_the_run(flags, corpus, tmp_path, caps
     ("--device meta", ["--device meta"]), ("--dtype float16", ["--dtype float16", "float64"]),
     ("--seq_len 900", ["900 bytes", "901", "--seq_len"]), ("--data no_such_file", ["no_such_file", "shakespeare"]),
     ("--resume", ["last.pt", "python train.py"]), ("--bpe -1", ["--bpe -1"]), ("--bpe 70000", ["--bpe 70000"]),
-    ("--warmup -1", ["--warmup -1"]), ("--eval_every -1", ["--eval_every -1"])])
+    ("--warmup -1", ["--warmup -1"]), ("--eval_every -1", ["--eval_every -1"]),
+    ("--batch_size 1000000000", ["--batch_size 1000000000"]), ("--d_model 1000000000", ["lower", "--d_model"]),
+    (f"--seq_len {10**30}", ["--seq_len"]), (f"--span {10**30}", ["--span"]), (f"--seq_len {2**62}", ["--seq_len"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
     assert not (tmp_path / "run").exists()
@@ -558,6 +696,8 @@ def test_an_out_folder_that_cannot_be_made(corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run"):
         refused(capsys, argv(corpus, out), "--out", out)
+    for out in ("a\0b", tmp_path / ("long" * 99)):
+        refused(capsys, argv(corpus, out), "error")
     for switch in ("--resume", "--eval_only"):
         refused(capsys, ["--out", tmp_path / "file" / "run", switch], tmp_path / "file", "python train.py")
     assert (tmp_path / "file").read_text() == "precious"
@@ -578,8 +718,9 @@ def test_help_mentions_every_flag_with_its_default(capsys):
 
 def test_eval_only_refuses_flags_that_the_checkpoint_has(corpus, tmp_path, capsys):
     go(corpus, tmp_path / "run")
-    for flags in (["--layer", "mamba"], ["--d_model", 32], ["--bpe", 3], ["--dropout", 0.5]):
-        refused(capsys, ["--eval_only", "--out", tmp_path / "run", *flags], flags[0], "leave it out")
+    for flags in (["--layer", "mamba"], ["--d_model", 32], ["--bpe", 3], ["--dropout", 0.5], ["--init", tmp_path],
+                  ["--compile"]):
+        refused(capsys, ["--eval_only", "--out", tmp_path / "run", *flags], flags[0], "leave")
 
 
 def test_flags_have_the_types_of_their_defaults():
