@@ -80,6 +80,9 @@ class Config:
                 setattr(self, f.name, value)
             typed = type(value) is f.type or f.type is float and type(value) is int
             require(typed, f"{f.name} {value!r:.80} is not of type {f.type.__name__}")
+        ropes = self.rope_scaling
+        require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
+                f"rope_scaling {ropes!r:.80} is not four positive numbers")
         self.merges = tuple(map(tuple, self.merges))
         require(self.vocab == 256 + len(self.merges) or not self.merges, f"vocab {self.vocab} is not "
                 f"256 + {len(self.merges)} merges")
@@ -705,7 +708,10 @@ def load(path, device="cpu"):
         weights = extra.pop("model")
         wrong = misfits(layout, model.state_dict(), weights)
         require(not wrong, wrong)
-        require(all(t.is_floating_point() for t in weights.values()), "its weights are no floats")
+        plain = all(t.is_floating_point() and t.layout == torch.strided and not t.is_meta
+                    for t in weights.values())
+        require(plain, "its weights are no floats")
+        weights = {name: t.contiguous() for name, t in weights.items()}  # an expanded one is no memory to train
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

@@ -474,7 +474,7 @@ def write(c):
     config = model.config
     vocabulary = vocabulary_of(c.ckpt, config, extra.get("layout"), c.fill, c.crlf)
     if c.draft:
-        drafter = make_drafter(c, config.vocab, extra.get("flags", {}).get("data"), device, dtype)
+        drafter = make_drafter(c, config.vocab, (extra.get("flags") or {}).get("data"), device, dtype)
     if "attention" in config.kinds and not c.fill:
         kept = f"its last {config.window - 1}" if config.window else "all"
         print(f"attention keeps a cache of {kept} positions", file=sys.stderr)

@@ -86,21 +86,25 @@ def script(main):
     def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
+        if sys.stderr is None:  # closed; print would turn to standard output
+            sys.stderr = open(os.devnull, "w")
         try:
             return main(argv)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
         except (UserError, MemoryError, RuntimeError, OSError) as e:
-            short = isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate" in str(e)
+            signs = ("out of memory", "allocate", "size calculation overflowed", "too big")
+            short = isinstance(e, MemoryError) or any(sign in str(e) for sign in signs)
             if isinstance(e, RuntimeError) and not short:
                 raise
             if isinstance(e, OSError):  # of standard output, mostly
                 sys.stdout = None  # or Python would flush it at exit, and fail again
             if isinstance(e, BrokenPipeError):
                 return 130
-            way_out = "; lower --batch_size, --seq_len or --d_model" if short else ""
-            print(f"error: {' '.join(str(e).split())[:300]}{way_out}", file=sys.stderr)
+            reason = " ".join(str(e).split())[:300] or "out of memory"
+            way_out = "; lower --batch_size, --seq_len or --d_model, or give it less data" if short else ""
+            print(f"error: {reason}{way_out}", file=sys.stderr)
             return 2
     return run
 
@@ -121,7 +125,7 @@ class RunFlags:
     dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on CUDA",
                       one_of=("auto", "float32", "bfloat16", "float64"))
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
-    seq_len: int = flag(128, "bytes in a window", low=1)
+    seq_len: int = flag(128, "bytes in a window", low=1, high=2**24)
     batch_size: int = flag(8, "windows in a step, over all processes", low=1, high=2**20)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
     lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero")
@@ -142,7 +146,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from e
     return device
@@ -374,20 +378,33 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
 # 6. The run's folder: best.pt, last.pt, log.jsonl
 
 
+FILES = ("last.pt", "best.pt", "log.jsonl")
+
+
+def stamps(folder):
+    """{name: when it was written} of the files of a run that are in the folder."""
+    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
+
+
 def open_run(c, given, script):
     """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there, which has its own
     flags but for those given; saved flags that no longer exist are left out."""
     folder = Path(c.out)
-    inside = os.path.isdir(c.data) and folder.resolve().is_relative_to(Path(c.data).resolve())
+    require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
+    real = Path(os.path.realpath(folder))
+    inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
     require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
-    files = [name for name in ("last.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
+    files = stamps(folder)
     require(not files or (c.resume and "last.pt" in files), f"{folder} holds {', '.join(files)}; "
             "choose another --out, or go on from a last.pt with --resume")
     if not c.resume:
         return c, None
     model, extra = load(folder / "last.pt")
-    require(extra.get("script") == script, f"{folder} is no run of {script}; choose another --out")
-    saved = {name: value for name, value in extra["flags"].items() if name in vars(c)}
+    flags = extra.get("flags")
+    ours = extra.get("script") == script and isinstance(flags, dict) and "step" in extra
+    require(ours, f"{folder} is no run of {script}; choose another --out")
+    extra["stamps"] = files
+    saved = {name: value for name, value in flags.items() if name in vars(c)}
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}
     print(f"resuming {folder} at step {extra['step']}")
@@ -411,8 +428,9 @@ def claim(folder):
         lock = os.open(folder, os.O_RDONLY) if fcntl else None
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for half in folder.glob("*.tmp"):
-            half.unlink()
+        for name in FILES:
+            for half in folder.glob(f"{name}.????????????.tmp"):
+                half.unlink()
     except BlockingIOError as e:
         raise UserError(f"another process trains in --out {folder}; choose another") from e
     except (OSError, ValueError) as e:  # ValueError: a NUL in its name
@@ -424,6 +442,7 @@ def open_log(folder, logged):
     """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
     path = folder / "log.jsonl"
     known = path.read_bytes()[:logged] if path.is_file() else b""
+    known = known[:known.rfind(b"\n") + 1]  # whole lines
     with whole_file(path) as file:
         file.write(known)
     return open(path, "ab", buffering=0)
@@ -480,15 +499,18 @@ class Run:
         self.best_bpb = math.inf
         self.lr = 0.0
         self.caught = 0  # the signal that this process noted
+        self.caught_at = 0.0
         self.stopped = 0  # the one that process 0 noted and all agreed on
         self.interruptible = False  # True in a validation by a single process: a signal raises there
         self.lock = self.log = self.bar = None  # opened by fit
 
     def note(self, number, frame):
         """The first Ctrl-C or SIGTERM is noted, and the loop ends after its step; a second exits."""
-        if self.caught:
+        now = time.monotonic()
+        if self.caught and now - self.caught_at > 1:  # sooner it may be the same wish twice
             sys.exit(128 + number)
-        self.caught = number
+        if not self.caught:
+            self.caught, self.caught_at = number, now
         if self.interruptible:
             raise KeyboardInterrupt
 
@@ -507,11 +529,14 @@ class Run:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
             torch.set_rng_state(extra["random"].cpu())
-            fits = all(t.shape in ((), p.shape) for p, state in self.optimizer.state.items()
-                       for t in state.values())
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            sound = all(v >= 0 for name, v in kept.items() if name != "data")
+            for p, state in self.optimizer.state.items():
+                shapes = {"step": torch.Size()}
+                sound &= all(t.shape == shapes.get(name, p.shape) and t.is_contiguous()
+                             for name, t in state.items()) and len(state) == 3
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(f"{path} cannot be resumed: {' '.join(str(e).split())}") from e
-        require(fits, f"{path} cannot be resumed: its optimizer is another model's")
+        require(sound, f"{path} cannot be resumed: its state is that of no run of this model")
         vars(self).update(kept)
         require(self.data == now, f"--data {self.c.data} has {now}, but this run has read {self.data}; "
                 "give it that data, or choose another --out")
@@ -546,7 +571,8 @@ class Run:
         self.interruptible = False
         bpb = figures["val_bpb"]
         self.demand(math.isfinite(bpb), f"validation loss is {bpb}")
-        self.record(**figures)
+        if self.validated < self.step:
+            self.record(**figures)
         self.validated = self.step
         if bpb < self.best_bpb:
             self.best_bpb = bpb
@@ -674,6 +700,8 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
         run.lock = claim(run.folder)
+        require(stamps(run.folder) == extra.get("stamps", {}), f"another process has just trained in "
+                f"--out {run.folder}; choose another")
         introduce(run)
         run.log = open_log(run.folder, run.logged)
     model = torch.compile(model) if c.compile else model
@@ -681,17 +709,23 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
     run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
                    dynamic_ncols=True, bar_format=BAR)
     signals = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {s: signal.signal(s, run.note) for s in signals}
+    before = {s: signal.signal(s, run.note) for s in signals
+              if signal.getsignal(s) != signal.SIG_IGN}  # nohup
     try:
-        with run.bar:
-            train(run, model)
-            if world > 1:  # the rest is process 0's, and may take longer than the others would wait
-                dist.barrier()
-                dist.destroy_process_group()
-            if run.rank == 0 and not run.stopped:
-                finish(run)
-    except KeyboardInterrupt:  # in a validation, which the resumed run repeats
-        run.stopped = run.caught
+        try:
+            with run.bar:
+                train(run, model)
+                if world > 1:  # the rest is process 0's, and may take longer than the others would wait
+                    dist.barrier()
+                    dist.destroy_process_group()
+                if run.rank == 0 and not run.stopped:
+                    finish(run)
+        except (KeyboardInterrupt, BrokenPipeError):  # in a validation, which the resumed run repeats
+            run.stopped = run.caught or signal.SIGINT
+        if run.rank == 0 and run.stopped:
+            run.save("last.pt")
+            print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
+                  f"go on: python {script} --out {run.folder} --resume")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -699,10 +733,6 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
             run.log.close()
         if run.lock is not None:
             os.close(run.lock)
-    if run.rank == 0 and run.stopped:
-        run.save("last.pt")
-        print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
-              f"go on: python {script} --out {run.folder} --resume")
     return 128 + run.stopped if run.stopped else 0
 
 
@@ -725,7 +755,7 @@ class Flags(RunFlags):
     eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     init: str = flag("", "begin with a checkpoint's weights, in whose sizes", fixed=True)
     d_model: int = flag(192, "width", low=1, fixed=True)
-    n_layer: int = flag(3, "layers", low=1, fixed=True)
+    n_layer: int = flag(3, "layers", low=1, high=1000, fixed=True)
     d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}", fixed=True)
     head_dim: int = flag(32, "mamba2: channels per head", low=1, fixed=True)
     n_head: int = flag(4, "attention: heads", low=1, fixed=True)
@@ -787,8 +817,10 @@ def eval_only(c, given):
     ignored = given.keys() & {"init", "compile"}
     require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
-    saved = extra.get("flags", {}).items()  # none of a published checkpoint, others of distill.py
+    flags = extra.get("flags")
+    saved = (flags if isinstance(flags, dict) else {}).items()  # none of a published checkpoint, others of distill.py
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
+    check_flags(c)
     check_model(c.out, model.config, c, given)
     corpus, objective = load_data(c)
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)

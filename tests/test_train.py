@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,15 +349,22 @@ def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, ca
         assert same(weights(tmp_path / "parts" / name), weights(tmp_path / "whole" / name))
 
 
-def test_a_second_signal_exits_at_once(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("apart", [0.1, 5.0])
+def test_a_second_signal_exits_at_once_unless_it_comes_with_the_first(apart, corpus, tmp_path, monkeypatch):
     """Without the end of the step; what was saved before is whole, and the handlers are back."""
     handler = signal.getsignal(signal.SIGINT)
+    ticks = iter([0.0, apart])
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(ticks)))
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
 
     at_step(monkeypatch, 1, twice)
+    if apart < 1:
+        assert train.main(argv(corpus, tmp_path / "run")) == 130
+        assert load(tmp_path / "run" / "last.pt")[1]["step"] == 2
+        return
     with pytest.raises(SystemExit) as left:
         train.main(argv(corpus, tmp_path / "run", "--eval_every", 1))
     assert left.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGINT) == handler
@@ -513,7 +521,7 @@ def test_a_run_knows_what_it_has_read(corpus, tmp_path, capsys):
 def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
     """And what a crash left half-written there goes."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pt.1.tmp").write_bytes(b"half")
+    (tmp_path / "run" / "last.pt.0123456789ab.tmp").write_bytes(b"half")
     lock = train.claim(tmp_path / "run")
     assert os.listdir(tmp_path / "run") == []
     refused(capsys, argv(corpus, tmp_path / "run"), "another process trains in")
@@ -555,7 +563,7 @@ def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
     model, extra = load(tmp_path / "run" / "last.pt")
     extra["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
     train.save(tmp_path / "run" / "last.pt", model, **extra)
-    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "its optimizer is another model's")
+    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "its state is that of no run of this model")
 
 
 def test_a_log_that_is_a_pipe_is_not_waited_for(corpus, tmp_path):
