@@ -59,7 +59,7 @@ def check_flags(c):
         if f.type in (int, float):
             require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
         if known:
-            require(value in known, f"--{f.name} {value} is not one of {', '.join(known)}")
+            require(value in known, f"--{f.name} {value} is not one of {', '.join(filter(None, known))}")
 
 
 def parse(cls, argv, description):

@@ -454,8 +454,8 @@ def random_peer(peer, rename, config, **keep):
 
 def to_ours(name):
     """A parameter's name here, from the one in transformers."""
-    for theirs, here in (("backbone.", ""), ("model.", ""), ("embeddings.", "embedding."), ("self_attn.", "mixer."),
-                         ("embed_tokens.", "embedding."), ("post_attention_layernorm.", "mlp_norm."),
+    for theirs, here in (("backbone.", ""), ("model.", ""), ("embeddings.", "embedding."),
+                         ("self_attn.o_proj.", "mixer.out_proj."), ("self_attn.", "mixer."), ("embed_tokens.", "embedding."), ("post_attention_layernorm.", "mlp_norm."),
                          ("input_layernorm.", "norm.")):
         name = name.replace(theirs, here)
     return name if ".norm." in name or not name.startswith("norm.") else "norm_f" + name[4:]
