@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, require, whole_file
-from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel, selective_scan,
-                  ssd)
+from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel,
+                  selective_scan, ssd)
 
 MASK = 256  # the token that stands for a masked byte
 
@@ -59,18 +59,18 @@ class Config:
     conv_bias: bool = True
     head_dim: int = 64        # p, Mamba-2
     n_group: int = 1          # g, Mamba-2
-    impl: str = "auto"        # of selective_scan; naive has second derivatives, and torch.func takes it
+    impl: str = "auto"        # of selective_scan; naive has second derivatives
 
     n_head: int = 4           # attention
     n_kv_head: int = 4        # heads of k and v, each shared by n_head / n_kv_head queries
     window: int = 0           # each position sees the last `window` positions; 0 = all
     rope_base: float = 10000.0
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see slow_down
-    d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, rounded up to a multiple of 32
+    d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, rounded up
 
     block: str = ""           # encoder: gated or stacked
-    gelu: str = "tanh"        # encoder: of its blocks, tanh (approximate) or none (exact); the head's is exact
-    n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none, and any length
+    gelu: str = "tanh"        # encoder: of its blocks, tanh (approximate) or none (exact)
+    n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -84,8 +84,9 @@ class Config:
         require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
                 f"rope_scaling {ropes!r:.80} is not four positive numbers")
         self.merges = tuple(map(tuple, self.merges))
-        require(self.vocab == 256 + len(self.merges) or not self.merges, f"vocab {self.vocab} is not "
-                f"256 + {len(self.merges)} merges")
+        words = 256 + len(self.merges)
+        require(self.vocab == words or not self.merges, f"vocab {self.vocab} is not {words}, the "
+                "bytes and the merges")
         check_merges(self.merges)
         require(self.layers, "a model needs at least one layer")
         mixers = ENCODER_MIXERS if self.block else MIXERS
@@ -99,20 +100,24 @@ class Config:
                      "n_kv_head", "n_group"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
         for name, low, high in (("norm_eps", 0, 1), ("dropout", 0, 0.99), ("rope_base", 1, 1e30),
-                                ("window", 0, 2**62), ("d_mlp", 0, 2**62), ("n_position", 0, 2**62)):
+                                ("window", 0, 2**62), ("d_mlp", 0, 2**62),
+                                ("n_position", 0, 2**62)):
             value = getattr(self, name)
             require(low <= value <= high, f"{name} {value} is not from {low} to {high}")
         self.d_mlp = self.d_mlp or math.ceil(self.d_model / 12) * 32
         if "attention" in self.kinds:
-            self.require_multiple("d_model", 2 * self.n_head, f"n_head {self.n_head} with heads of even size")
+            self.require_multiple("d_model", 2 * self.n_head,
+                                  f"n_head {self.n_head} with heads of even size")
             self.require_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
         if self.kinds & {"s4", "s4d"}:
             self.require_multiple("d_state", 2, "the pairs of s4 and s4d")
         if "mamba2" in self.kinds:
             unit = self.head_dim // math.gcd(self.head_dim, self.expand)
-            self.require_multiple("d_model", unit, f"head_dim {self.head_dim} with expand {self.expand}")
+            self.require_multiple("d_model", unit,
+                                  f"head_dim {self.head_dim} with expand {self.expand}")
             heads = self.expand * self.d_model // self.head_dim
-            require(heads % self.n_group == 0, f"{heads} heads do not divide into n_group {self.n_group}")
+            require(heads % self.n_group == 0,
+                    f"{heads} heads do not divide into n_group {self.n_group}")
 
     def require_multiple(self, name, unit, why):
         """UserError unless the size of that name is a multiple of unit, with the nearest sizes that are."""
@@ -137,7 +142,8 @@ def complex_of(pairs):
 
 
 def make_norm(c):
-    return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
+    kind = nn.RMSNorm if c.norm == "rms" else nn.LayerNorm
+    return kind(c.d_model, eps=c.norm_eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ class S4(S4D):
     def __init__(self, c):
         super().__init__(c)
         half = c.d_state // 2
-        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # those with Im Lambda > 0
+        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # Im Lambda > 0
                         for t in dplr_legs(c.d_state)[:3])
         with torch.no_grad():
             self.log_A_real.copy_((-Lambda.real).log())
@@ -266,10 +272,11 @@ class Mamba(nn.Module):
         rank = math.ceil(c.d_model / 16)
         self.impl = c.impl
         self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
-        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # only its weights are used
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds weights
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real: A = -1 .. -n
+        A = -torch.arange(1.0, n + 1)  # S4D-Real
+        self.A_log = nn.Parameter(torch.log(-A).repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
@@ -283,7 +290,7 @@ class Mamba(nn.Module):
         x, tail = causal_conv(x, self.conv1d.weight, self.conv1d.bias, tail, upto)
         x = F.silu(x)
         dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # under autocast this sum stays float32
+        dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # a float32 sum under autocast
         A = -torch.exp(self.A_log)
         y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, self.impl, upto)
         return self.out_proj(y * F.silu(z)), MambaState(tail, h)
@@ -305,7 +312,8 @@ class Mamba2(nn.Module):
         self.parts = [d, d + 2 * gn, self.heads]  # z | x B C | dt
         self.conv_parts = [d, gn, gn]
         self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=c.bias)
-        self.conv1d = nn.Conv1d(d + 2 * gn, d + 2 * gn, c.d_conv, groups=d + 2 * gn, bias=c.conv_bias)
+        channels = d + 2 * gn
+        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)
         self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
         self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.heads))
@@ -360,7 +368,8 @@ def rotate(x, position, base, scaling=()):
         frequency = slow_down(frequency, *scaling)
     positions = position + torch.arange(x.shape[1], device=x.device, dtype=dtype)
     angle = positions[:, None, None] * frequency  # (l, 1, half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
@@ -384,7 +393,8 @@ class Attention(nn.Module):
 
     def project(self, x, position):
         """q, k rotated, and v: (b, l, heads, size)."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).unflatten(-1, (-1, self.size))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, position, *self.rope), rotate(k, position, *self.rope), v
 
     def attend(self, q, k, v, **mask):
@@ -479,14 +489,14 @@ class LM(nn.Module):
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
         self.lm_head = nn.Linear(c.d_model, c.vocab, bias=False)
-        nn.init.normal_(self.lm_head.weight, std=0.02)  # small logits: the first guess is nearly uniform
+        nn.init.normal_(self.lm_head.weight, std=0.02)  # the first guess is nearly uniform
         if c.tie:
             self.embedding.weight = self.lm_head.weight
 
     def forward(self, tokens, state=None, upto=None, last=False):
         if tokens.ndim != 2 or upto is not None and not 0 <= upto <= tokens.shape[1]:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), and upto is {upto}, "
-                             "expected from 0 to l")
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), "
+                             f"and upto is {upto}, expected from 0 to l")
         x = self.embedding(tokens)
         states = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):
@@ -532,7 +542,7 @@ class SharedS4D(nn.Module):
         self.A_imag = nn.Parameter(A.imag.float())
         self.C = nn.Parameter(torch.randn(c.d_state, 2) / math.sqrt(2))  # real and imaginary part
         self.D = nn.Parameter(torch.ones(1))
-        self.log_dt = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt log-uniform in [0.01, 1]
+        self.log_dt = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt in [0.01, 1]
 
     def forward(self, x):
         A = complex_of(torch.stack([self.A_real.clamp(max=-1e-4), self.A_imag], dim=-1))
@@ -578,7 +588,8 @@ class BiGS(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        d, m = c.d_model, c.expand * c.d_model
+        d = c.d_model
+        m = c.expand * d
         self.norm = make_norm(c)
         self.mixer = ENCODER_MIXERS[layer](c)
         self.dv, self.dol, self.do = nn.Linear(d, m), nn.Linear(d, m), nn.Linear(m, d)
@@ -596,7 +607,8 @@ class Stacked(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        d, m = c.d_model, 3 * c.expand * c.d_model // 2
+        d = c.d_model
+        m = 3 * c.expand * d // 2
         self.norm = make_norm(c)
         self.mixer = ENCODER_MIXERS[layer](c)
         self.mlp_norm = make_norm(c)
@@ -640,7 +652,8 @@ class Encoder(nn.Module):
         l = tokens.shape[1]
         if self.position_table is not None:
             if l > self.config.n_position:
-                raise ValueError(f"{l} tokens, but the table of positions has {self.config.n_position}")
+                raise ValueError(f"{l} tokens, but the table of positions has "
+                                 f"{self.config.n_position}")
             x = x + self.position_table.weight[:l]
         x = self.dropout(self.norm(x))
         for layer in self.layers:
@@ -711,7 +724,7 @@ def load(path, device="cpu"):
         plain = all(t.is_floating_point() and t.layout == torch.strided and not t.is_meta
                     for t in weights.values())
         require(plain, "its weights are no floats")
-        weights = {name: t.contiguous() for name, t in weights.items()}  # an expanded one is no memory to train
+        weights = {name: t.contiguous() for name, t in weights.items()}  # not expanded
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

@@ -26,7 +26,7 @@ from data.vocabulary import show, vocabulary_of
 from model import MASK, load
 from train import flag, parse, pick_device, pick_dtype, script
 
-COUNTED = 2**24  # bytes of a corpus that --draft counts counts at most: 500 MB while they are sorted
+COUNTED = 2**24  # bytes of a corpus that --draft counts at most: 500 MB while they are sorted
 PREFILL = 2048  # tokens of the prompt read at a time; the result is that of reading all
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     all on the likeliest, the first in a tie. Logits and probabilities (..., v), computed in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    require(not logits.isnan().any(), "the model's logits are not numbers; take an earlier checkpoint")
+    require(not logits.isnan().any(),
+            "the model's logits are not numbers; take an earlier checkpoint")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so nothing overflows
@@ -78,7 +79,7 @@ def generate(model, tokens, count, distribution, generator=None, step=None, batc
     of texts. step is fast_step's, or the model."""
     step = model if step is None else step
     logits, state = prefill(model, tokens)
-    if batch > 1:  # the first axis of every tensor of a state is the batch, unless it is a single number
+    if batch > 1:  # the first axis of a state's tensors is the batch, but for single numbers
         logits = logits.expand(batch, -1)
         state = tuple(type(s)(*(t.expand(batch, *t.shape[1:]) if t.ndim else t for t in s))
                       for s in state)
@@ -349,7 +350,8 @@ class SubwordDrafter(Drafter):
                 self.states[len(text) + len(guesses)] = logits, state
             first, end = self.bpe.span(prefix)
             of_words = distribution(logits[:, self.order[first:end]])  # (1, end - first)
-            drawn = self.bpe.order[first + torch.multinomial(of_words, 1, generator=generator).item()]
+            place = torch.multinomial(of_words, 1, generator=generator).item()
+            drawn = self.bpe.order[first + place]
             word = self.bpe.words[drawn]
             # byte by byte, from where the text ends; nothing if the word is the prefix itself
             revealed = self.bpe.reveal(of_words[0].double().cpu().numpy(), word, len(prefix), first)
@@ -474,7 +476,8 @@ def write(c):
     config = model.config
     vocabulary = vocabulary_of(c.ckpt, config, extra.get("layout"), c.fill, c.crlf)
     if c.draft:
-        drafter = make_drafter(c, config.vocab, (extra.get("flags") or {}).get("data"), device, dtype)
+        data = (extra.get("flags") or {}).get("data")
+        drafter = make_drafter(c, config.vocab, data, device, dtype)
     if "attention" in config.kinds and not c.fill:
         kept = f"its last {config.window - 1}" if config.window else "all"
         print(f"attention keeps a cache of {kept} positions", file=sys.stderr)

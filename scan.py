@@ -107,7 +107,8 @@ def _once(backward):
 
 def _wide_dtype(*tensors):
     """The dtype that holds them all and is at least float32. None is skipped."""
-    return functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None}, torch.float32)
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _widen(*tensors):
@@ -169,7 +170,7 @@ def discretize(dt, A, B, rule="mamba"):
         return 1 + z, dt * B
     if rule == "bilinear":
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
-    if rule == "zoh":  # near z = 0 expm1(z)/z keeps its digits but not its gradient's; its series keeps both
+    if rule == "zoh":  # near 0 the gradient of expm1(z)/z loses digits, that of its series not
         small = z.abs() < 1e-2
         safe = torch.where(small, torch.ones_like(z), z)
         s = torch.where(small, z, torch.zeros_like(z))
@@ -197,7 +198,7 @@ def scan(a, b, h0=None, impl="auto"):
     """
     a, b, h0 = _widen(a, b, h0)
     if b.ndim < 2 or b.shape[1] == 0:
-        raise ValueError(f"scan needs at least one step along axis 1, but b has shape {tuple(b.shape)}")
+        raise ValueError(f"scan needs at least one step along axis 1; b has shape {tuple(b.shape)}")
     if h0 is None:
         h0 = torch.zeros_like(b[:, 0])
     elif h0.shape != b[:, 0].shape:
@@ -208,7 +209,7 @@ def scan(a, b, h0=None, impl="auto"):
 def _scan_naive(a, b, h):
     """The definition."""
     hs = []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # the backward of a[:, t] would fill a whole tensor with zeros
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # a[:, t] is slow backwards
         h = a_t * h + b_t
         hs.append(h)
     return torch.stack(hs, dim=1)
@@ -413,7 +414,8 @@ def dplr_discretize(dt, Lambda, P, B):
     E = 1 / (1 - half * Lambda)
     R = P.conj() * E
     Q = E * P / (1 / half + (R * P).sum(-1, keepdim=True))
-    diagonal, column = 2 * E - 1, 2 * Q
+    diagonal = 2 * E - 1
+    column = 2 * Q
 
     def times(h):
         return diagonal * h - column * (R * h).sum(-1, keepdim=True)
@@ -684,13 +686,14 @@ class ChunkedSelectiveScan(torch.autograd.Function):
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
-        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1} of the step after the chunk; at first dL/dh_last
+        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1} of the step after the chunk
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
-            x_s, dt_s, dy_s = x[:, s], dt[:, s], dy[:, s]
+            x_s, dt_s, dy_s = (t[:, s] for t in (x, dt, dy))
             u = dt_s * x_s
             a, h = _chunk_states(dt_s, A, u, B[:, s], start, buffers)
             g = torch.mul(C[:, s, :, None], dy_s[:, :, None], out=buffers[2, :, :x_s.shape[1]])
-            a_t, g_t = a.unbind(1), g.unbind(1)
+            a_t = a.unbind(1)
+            g_t = g.unbind(1)
             g_t[-1].add_(carry)
             for t in range(len(g_t) - 2, -1, -1):
                 g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])  # (1)
@@ -844,7 +847,8 @@ def _decays(log_a):
     A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in
     float32, 0.3 % of a decay after a sum of 40,000.
     """
-    lower = torch.ones(log_a.shape[-1], log_a.shape[-1], dtype=log_a.dtype, device=log_a.device).tril()
+    l = log_a.shape[-1]
+    lower = torch.ones(l, l, dtype=log_a.dtype, device=log_a.device).tril()
     return (lower @ (log_a[..., None] * lower.tril(-1))).exp() * lower
 
 
@@ -996,7 +1000,7 @@ def _walk_back(x, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, d
         tl.debug_barrier()
         for i in tl.range(0, steps, num_stages=3):
             row = first + steps - 1 - i
-            before = tl.load(scratch + (steps - 1 - i) * (N * DIM))  # (N, DIM): h_{t-1}, while h is h_t
+            before = tl.load(scratch + (steps - 1 - i) * (N * DIM))  # h_{t-1}, while h is h_t
             x_t = _row(x, row, channels, d, h)  # (1, DIM)
             dt_t = _row(dt, row, channels, d, h)  # (1, DIM)
             dy_t = _row(dy, row, channels, d, h)  # (1, DIM)
@@ -1067,7 +1071,7 @@ def _entering(x, dt, A, B, h0, pieces, back):
     decay = torch.exp2(dt.sum(1, dtype=A.dtype)[:, None] * A).unflatten(0, (-1, pieces))
     ends = ends.unflatten(0, (-1, pieces))  # (b, pieces, n, d)
     if back:
-        decay, ends = decay.flip(1), ends.flip(1)
+        decay, ends = (t.flip(1) for t in (decay, ends))
     h = scan(decay, ends, h0, "naive")
     enter = torch.cat([h0[:, None], h[:, :-1]], dim=1)
     return (enter.flip(1) if back else enter).flatten(0, 1)
@@ -1086,7 +1090,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     pieces = _pieces(b, l, d, len(A), x.device)
     x, dt, B, C = _cut(pieces, x, dt, B, C)
     enter = _entering(x, dt, A, B, h0, pieces, back=False)
-    y, last = torch.empty_like(x), torch.empty_like(enter)
+    y, last = (torch.empty_like(t) for t in (x, enter))
     starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)
     _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
     return y.view(b, l, d), last[pieces - 1::pieces].clone(), starts
@@ -1094,7 +1098,8 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
 
 @torch.library.custom_op(OPERATOR + "backward", mutates_args=())
 def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor,
-              dy: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+              dy: Tensor, dh: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, dt, A before it came times log2(e), B, C, D and h0."""
     b, l, d = x.shape
     pieces = _pieces(b, l, d, len(A), x.device)
@@ -1105,7 +1110,8 @@ def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     dx, ddt, dA, dh0 = (torch.empty_like(t) for t in (x, dt, enter, enter))
     dB, dC = (A.new_empty(tiles, *t.shape) for t in (B, C))
     dD = A.new_empty(b * pieces, d)
-    _launch(_walk_back, len(A), x, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, dC, dD, dh0)
+    _launch(_walk_back, len(A), x, dt, A, B, C, D, starts, dy, enter, scratch,
+            dx, ddt, dA, dB, dC, dD, dh0)
     dB = dB.sum(0).to(B.dtype).view(b, l, len(A))
     dC = dC.sum(0).to(C.dtype).view(b, l, len(A))
     return dx.view(b, l, d), ddt.view(b, l, d), dA.sum(0), dB, dC, dD.sum(0), dh0[::pieces].clone()
@@ -1135,7 +1141,8 @@ class _SelectiveTriton(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx, dy, dh):
-        dx, ddt, dA, dB, dC, dD, dh0 = _backward(*ctx.saved_tensors, dy.contiguous(), dh.mT.contiguous())
+        outputs = dy.contiguous(), dh.mT.contiguous()
+        dx, ddt, dA, dB, dC, dD, dh0 = _backward(*ctx.saved_tensors, *outputs)
         return dx, ddt, dA.mT, dB, dC, dD, dh0.mT
 
 

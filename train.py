@@ -59,7 +59,8 @@ def check_flags(c):
         if f.type in (int, float):
             require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
         if known:
-            require(value in known, f"--{f.name} {value} is not one of {', '.join(filter(None, known))}")
+            names = ", ".join(filter(None, known))
+            require(value in known, f"--{f.name} {value} is not one of {names}")
 
 
 def parse(cls, argv, description):
@@ -103,7 +104,8 @@ def script(main):
             if isinstance(e, BrokenPipeError):
                 return 130
             reason = " ".join(str(e).split())[:300] or "out of memory"
-            way_out = "; lower --batch_size, --seq_len or --d_model, or give it less data" if short else ""
+            lower = "; lower --batch_size, --seq_len or --d_model, or give it less data"
+            way_out = lower if short else ""
             print(f"error: {reason}{way_out}", file=sys.stderr)
             return 2
     return run
@@ -453,8 +455,8 @@ def open_log(folder, logged):
 
 VALIDATED = 8192  # tokens per call in validation, at least: many windows share an S4 kernel
 SAVE_SECONDS = 60  # a crash loses about this much training at most
-KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float, "logged": int,
-        "data": str}  # of a Run, in its checkpoints
+KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float,
+        "logged": int, "data": str}  # of a Run, in its checkpoints
 FIGURES = ("train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second")
 BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 
@@ -501,7 +503,7 @@ class Run:
         self.caught = 0  # the signal that this process noted
         self.caught_at = 0.0
         self.stopped = 0  # the one that process 0 noted and all agreed on
-        self.interruptible = False  # True in a validation by a single process: a signal raises there
+        self.interruptible = False  # True in a validation by a single process
         self.lock = self.log = self.bar = None  # opened by fit
 
     def note(self, number, frame):
@@ -510,7 +512,8 @@ class Run:
         if self.caught and now - self.caught_at > 1:  # sooner it may be the same wish twice
             sys.exit(128 + number)
         if not self.caught:
-            self.caught, self.caught_at = number, now
+            self.caught = number
+            self.caught_at = now
         if self.interruptible:
             raise KeyboardInterrupt
 
@@ -534,12 +537,13 @@ class Run:
                 shapes = {"step": torch.Size()}
                 sound &= all(t.shape == shapes.get(name, p.shape) and t.is_contiguous()
                              for name, t in state.items()) and len(state) == 3
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as e:
             raise UserError(f"{path} cannot be resumed: {' '.join(str(e).split())}") from e
         require(sound, f"{path} cannot be resumed: its state is that of no run of this model")
         vars(self).update(kept)
-        require(self.data == now, f"--data {self.c.data} has {now}, but this run has read {self.data}; "
-                "give it that data, or choose another --out")
+        require(self.data == now, f"--data {self.c.data} has {now}, but this run has read "
+                f"{self.data}; give it that data, or choose another --out")
         self.saved_at = self.seconds
 
     def save(self, name):
@@ -700,8 +704,8 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
         run.lock = claim(run.folder)
-        require(stamps(run.folder) == extra.get("stamps", {}), f"another process has just trained in "
-                f"--out {run.folder}; choose another")
+        require(stamps(run.folder) == extra.get("stamps", {}), "another process has just trained "
+                f"in --out {run.folder}; choose another")
         introduce(run)
         run.log = open_log(run.folder, run.logged)
     model = torch.compile(model) if c.compile else model
@@ -715,12 +719,12 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
         try:
             with run.bar:
                 train(run, model)
-                if world > 1:  # the rest is process 0's, and may take longer than the others would wait
+                if world > 1:  # the rest is process 0's; the others need not wait
                     dist.barrier()
                     dist.destroy_process_group()
                 if run.rank == 0 and not run.stopped:
                     finish(run)
-        except (KeyboardInterrupt, BrokenPipeError):  # in a validation, which the resumed run repeats
+        except (KeyboardInterrupt, BrokenPipeError):  # in a validation: it will be repeated
             run.stopped = run.caught or signal.SIGINT
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
@@ -818,7 +822,7 @@ def eval_only(c, given):
     require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
     flags = extra.get("flags")
-    saved = (flags if isinstance(flags, dict) else {}).items()  # none of a published checkpoint, others of distill.py
+    saved = (flags if isinstance(flags, dict) else {}).items()  # distill.py has others
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
     check_flags(c)
     check_model(c.out, model.config, c, given)
@@ -826,7 +830,8 @@ def eval_only(c, given):
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)
     introduce(run)
     figures = measure(run)
-    require(math.isfinite(figures["val_bpb"]), f"{c.out}: its validation loss is {figures['val_bpb']}")
+    bpb = figures["val_bpb"]
+    require(math.isfinite(bpb), f"{c.out}: its validation loss is {bpb}")
     report(run, figures)
     return 0
 
