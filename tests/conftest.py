@@ -1,11 +1,15 @@
 """Tests are made of tiny tensors: a second thread costs more to wake than it brings. And where there is no GPU Triton
 interprets its kernels, if it is told so before scan.py imports it."""
 import os
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it, and train.py then does
+for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
