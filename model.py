@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
-from data.files import UserError, require, whole_file
+from data.files import UserError, require, require_type, whole_file
 from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel,
                   selective_scan, ssd)
 
@@ -78,8 +78,7 @@ class Config:
             if f.type is tuple and isinstance(value, list):
                 value = tuple(value)
                 setattr(self, f.name, value)
-            typed = type(value) is f.type or f.type is float and type(value) is int
-            require(typed, f"{f.name} {value!r:.80} is not of type {f.type.__name__}")
+            require_type(f.name, value, f.type)
         ropes = self.rope_scaling
         require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
                 f"rope_scaling {ropes!r:.80} is not four positive numbers")

@@ -40,11 +40,11 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     all on the likeliest, the first in a tie. Logits and probabilities (..., v), computed in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    require(not logits.isnan().any(),
-            "the model's logits are not numbers; take an earlier checkpoint")
+    highest = logits.amax(-1, keepdim=True)
+    require(highest.isfinite().all(), "the model's logits are not finite; take an earlier checkpoint")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so nothing overflows
+    logits = logits - highest  # the largest is 0, so nothing overflows
     logits = logits / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         order = logits.argsort(dim=-1, descending=True, stable=True)  # keeps exactly k in a tie
@@ -132,6 +132,9 @@ def capture_step(step, token, state):
 @torch.inference_mode()
 def fast_step(model, token, compiled=False):
     """The fastest step for tokens like token (b, 1): compiled if asked for, captured on CUDA without attention."""
+    captured = token.is_cuda and model.recurrent  # a cache may grow
+    if not (compiled or captured):
+        return model
     state = model(token)[1]
     step = torch.compile(model) if compiled else model
     if compiled:
@@ -142,7 +145,6 @@ def fast_step(model, token, compiled=False):
         except Exception as e:  # torch has a class for every compiler that may be missing
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"--compile does not work here ({reason}); run without it") from e
-    captured = token.is_cuda and model.recurrent  # a cache may grow
     return capture_step(step, token, state) if captured else step
 
 
@@ -487,8 +489,6 @@ def write(c):
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def distribution(logits):
-        if not math.isfinite(logits.amax()):
-            raise UserError(f"{c.ckpt}: logits are not finite; take an earlier checkpoint")
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
 
     def plain():

@@ -541,7 +541,8 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
         y = y + _vandermonde_times(powers, C * Abar * h0)[..., :l].mT
     if end == 0:
         return y.to(x.dtype), before
-    h = torch.exp(end * z) * before + Bbar * _inputs_in_state(_vandermonde(z, end), wide[:, :end])
+    ends = powers if end == l else _vandermonde(z, end)
+    h = torch.exp(end * z) * before + Bbar * _inputs_in_state(ends, wide[:, :end])
     return y.to(x.dtype), h
 
 

@@ -34,7 +34,7 @@ except ImportError:  # on Windows, where nothing claims a folder
 
 from data.bpe import in_words, learn_merges
 from data.corpus import Corpus, compressed_bpb, load_corpus, windows
-from data.files import UserError, require, whole_file
+from data.files import UserError, require, require_type, whole_file
 from data.synthetic import NO_TARGET, TASKS
 from model import BLOCKS, ENCODER_MIXERS, MASK, MIXERS, Config, load, make_model, save
 
@@ -53,8 +53,7 @@ def check_flags(c):
     """UserError unless every flag of the dataclass c has its type and is within its bounds, which no nan is."""
     for f in fields(c):
         value = getattr(c, f.name)
-        typed = type(value) is f.type or f.type is float and type(value) is int
-        require(typed, f"--{f.name} {value!r:.80} is not of type {f.type.__name__}")
+        require_type(f"--{f.name}", value, f.type)
         low, high, known = (f.metadata[name] for name in ("low", "high", "one_of"))
         if f.type in (int, float):
             require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
@@ -435,7 +434,7 @@ def claim(folder):
                 half.unlink()
     except BlockingIOError as e:
         raise UserError(f"another process trains in --out {folder}; choose another") from e
-    except (OSError, ValueError) as e:  # ValueError: a NUL in its name
+    except OSError as e:
         raise UserError(f"--out {folder} cannot be written: {e}") from e
     return lock
 

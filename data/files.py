@@ -15,6 +15,12 @@ def require(holds, message):
         raise UserError(message)
 
 
+def require_type(name, value, kind):
+    """UserError unless the value is of the type itself: no bool for an int. An int will do for a float."""
+    typed = type(value) is kind or kind is float and type(value) is int
+    require(typed, f"{name} {value!r:.80} is not of type {kind.__name__}")
+
+
 @contextmanager
 def whole_file(target: Path):
     """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error.
