@@ -742,7 +742,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. The script
 
-D_STATE = {"mamba": 16, "mamba2": 32, "s4": 64, "s4d": 64}  # the mixers' own, for --d_state 0
+D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}  # the mixers' own, for --d_state 0
 
 
 @dataclass
@@ -760,7 +760,7 @@ class Flags(RunFlags):
     d_model: int = flag(192, "width", low=1, fixed=True)
     n_layer: int = flag(3, "layers", low=1, high=1000, fixed=True)
     d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}", fixed=True)
-    head_dim: int = flag(32, "mamba2: channels per head", low=1, fixed=True)
+    head_dim: int = flag(32, "mamba2, mamba3: channels per head", low=1, fixed=True)
     n_head: int = flag(4, "attention: heads", low=1, fixed=True)
     dropout: float = flag(0.0, "on layers' outputs, or an encoder's input", high=0.99, fixed=True)
 

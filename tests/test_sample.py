@@ -18,6 +18,7 @@ F64 = torch.float64
 SIZES = dict(d_model=16, d_state=5, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
 KINDS = {"mamba": Config(("mamba",) * 2, **SIZES),
          "mamba2": Config(("mamba2",) * 2, **SIZES),
+         "mamba3": Config(("mamba3",) * 2, **SIZES),
          "attention": Config(("attention+mlp",) * 2, **SIZES, window=7),
          "hybrid": Config(("mamba", "attention+mlp", "mamba2"), **SIZES)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
