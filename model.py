@@ -401,13 +401,13 @@ class Mamba3(nn.Module):
         z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
         wide = torch.promote_types(x.dtype, torch.float32)
         dt, A, w, theta = (t.to(wide) for t in rest)
-        B = self.B_norm(B.unflatten(-1, (self.groups, -1)))  # (b, l, g, n)
-        C = self.C_norm(C.unflatten(-1, (self.groups, -1)))
+        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
         A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
         theta = math.pi * torch.tanh(theta)
-        y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, B, C, state, upto)
+        y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
+                              state, upto)
         return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state
 
     def recur(self, x, dt, A, w, theta, B, C, state, upto):
@@ -428,7 +428,8 @@ class Mamba3(nn.Module):
         C = turn(C, phi)
         early = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
         h = state.h + outer(early[:, 0] * state.x, state.B)
-        y, h = ssd_scan((w * dt)[..., None] * x + early[:, 1:] * x, dt * A, B, C, h, upto=upto)
+        u = ((w * dt)[..., None] + early[:, 1:]) * x
+        y, h = ssd_scan(u, dt * A, B, C, h, upto=upto)
         y = y + (self.D[:, None] - early[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
         end = x.shape[1] if upto is None else upto
         phi, B, x = (t[:, end - 1].clone() if end else old  # no view of all
