@@ -818,6 +818,8 @@ def load(path, device="cpu"):
     if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)
         extra = {"layout": layout, "config": config, "model": weights}
+    if not isinstance(extra.get("flags", {}), dict):  # a run's flags; these are somebody else's
+        del extra["flags"]
     try:
         with torch.device("meta"):
             model = make_model(Config(**extra.pop("config")))

@@ -402,7 +402,7 @@ def open_run(c, given, script):
         return c, None
     model, extra = load(folder / "last.pt")
     flags = extra.get("flags")
-    ours = extra.get("script") == script and isinstance(flags, dict) and "step" in extra
+    ours = extra.get("script") == script and flags is not None and "step" in extra
     require(ours, f"{folder} is no run of {script}; choose another --out")
     extra["stamps"] = files
     saved = {name: value for name, value in flags.items() if name in vars(c)}
@@ -820,8 +820,7 @@ def eval_only(c, given):
     ignored = given.keys() & {"init", "compile"}
     require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
-    flags = extra.get("flags")
-    saved = (flags if isinstance(flags, dict) else {}).items()  # distill.py has others
+    saved = extra.get("flags", {}).items()  # distill.py has others
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
     check_flags(c)
     check_model(c.out, model.config, c, given)

@@ -636,7 +636,7 @@ def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys)
 
 @pytest.mark.parametrize("flags, parts", [
     ("--d_modl 3", ["--d_modl"]), ("--step 3", ["--step"]), ("extra", ["extra"]), ("--steps many", ["--steps", "many"]),
-    ("--layer mamba3", ["mamba3", "mamba2", "attention"]), ("--steps 0", ["--steps 0"]), ("--steps -1", ["--steps -1"]),
+    ("--layer mamba4", ["mamba3", "mamba2", "attention"]), ("--steps 0", ["--steps 0"]), ("--steps -1", ["--steps -1"]),
     ("--d_model -16", ["--d_model -16"]), ("--n_layer 0", ["--n_layer 0"]), ("--seq_len -5", ["--seq_len -5"]),
     ("--batch_size 0", ["--batch_size 0"]), ("--d_state -1", ["--d_state -1"]), ("--head_dim 0", ["--head_dim 0"]),
     ("--head_dim 7", ["head_dim 7"]), ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
