@@ -409,7 +409,7 @@ class Flags:
     raw: bool = flag(False, "the exact bytes; without it U+FFFD stands for what is not UTF-8")
     crlf: bool = flag(False, "CR LF inside the model, LF outside: for MambaByte's PG19 models")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = flag("auto", "auto is bfloat16 on CUDA, else float32",
+    dtype: str = flag("auto", "auto: bfloat16 on a GPU from compute capability 8.0, else float32",
                       one_of=("auto", "float32", "bfloat16", "float64"))
     draft: str = flag("", "what guesses ahead: a checkpoint of bytes or words, ngram (copies from "
                       "the text) or counts (draws from n-grams of --ckpt's corpus)")
