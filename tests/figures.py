@@ -28,6 +28,8 @@ WORDS = "def area(self):\n    return self.width\n"  # shown in masks.svg
 
 matplotlib.use("svg")
 plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
+READABLE = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
+            "figure.titlesize": 12, "figure.labelsize": 12}  # 700 pixels wide
 
 
 @dataclass
@@ -99,8 +101,8 @@ def inside_rows(folder, wanted=(1, 4, 170)):
                      "half_life": round(float(half[i, head]), 2),
                      "log_a": [round(number, 5) for number in log_a.tolist()]})
     read = torch.tensor([list((BEFORE + LINE).encode())])
-    law = torch.log_softmax(model(read)[0][0, :-1], -1)  # (l - 1, v)
-    bits = -law.gather(1, read[0, 1:, None])[-len(LINE):, 0] / math.log(2)
+    log_p = torch.log_softmax(model(read)[0][0, :-1], -1)  # (l - 1, v)
+    bits = -log_p.gather(1, read[0, 1:, None])[-len(LINE):, 0] / math.log(2)
     rows.append({"table": "surprise", "text": LINE, "bits": [round(b, 3) for b in bits.tolist()]})
     return rows
 
@@ -230,15 +232,14 @@ def masks():
     text = rows[0]["text"]
     starts = [i for i in range(len(text)) if text[i] != " " and (i == 0 or text[i - 1] in " .\n(")]
     words = [visible(text[i:j]) for i, j in zip(starts, [*starts[1:], len(text)])]
-    figure, panels = plt.subplots(1, len(rows), figsize=(7, 2.8), sharey=True,
-                                  layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(7, 2.8), sharey=True, layout="constrained")
     for axes, row in zip(panels, rows):
         axes.imshow(_decays(torch.tensor(row["log_a"])), cmap="Greys", interpolation="nearest")
-        axes.set_title(f"half-life {row['half_life']:.1f} bytes", fontsize=12)
-        axes.set_yticks(starts, words, fontsize=11, family="monospace")
-        axes.set_xticks(starts, [word[0] for word in words], fontsize=11, family="monospace")
+        axes.set_title(f"half-life {row['half_life']:.1f} bytes")
+        axes.set_yticks(starts, words, family="monospace")
+        axes.set_xticks(starts, [word[0] for word in words], family="monospace")
         axes.tick_params(length=0)
-    figure.supxlabel("dark: this earlier byte is still in the state", fontsize=12)
+    figure.supxlabel("dark: this earlier byte is still in the state")
     save(figure, "masks.svg")
 
 
@@ -247,30 +248,28 @@ def surprise():
     row, = measured("inside", table="surprise")
     figure, axes = axes_of(7, 2.6)
     axes.grid(False, axis="x")
-    axes.bar(range(len(row["bits"])), row["bits"])
-    axes.set_xticks(range(len(row["bits"])), visible(row["text"]), fontsize=12, family="monospace")
+    places = range(len(row["bits"]))
+    axes.bar(places, row["bits"])
+    axes.set_xticks(places, visible(row["text"]), family="monospace")
     axes.tick_params(axis="x", length=0)
-    axes.tick_params(axis="y", labelsize=11)
-    axes.set_ylabel("bits", fontsize=12)
-    axes.set_title("surprise of each byte: words begin, the rest follows", fontsize=12, loc="left")
+    axes.set_ylabel("bits")
+    axes.set_title("surprise of each byte: words begin, the rest follows")
     save(figure, "surprise.svg")
 
 
 def forgetting():
-    """exp(-dt t), what is left of a byte after t others where A is -1."""
+    """exp(-dt t), the share of a byte that is left after t others where A is -1."""
     figure, axes = axes_of(7, 3)
     t = torch.arange(0, 201)
     for dt in (1, 0.1, 0.01, 0.001):
         left = torch.exp(-dt * t)
         axes.plot(t, left, linewidth=2.5)
         place = {1: 4, 0.1: 14}.get(dt, 200)
-        axes.annotate(f"dt {dt:g}", (place, left[place]), (6, 6), textcoords="offset points",
-                      fontsize=12)
+        axes.annotate(f"dt {dt:g}", (place, left[place]), (6, 6), textcoords="offset points")
     axes.set_xlim(0, 225)
-    axes.set_xlabel("bytes since", fontsize=12)
-    axes.set_ylabel("left of it", fontsize=12)
-    axes.set_title("a byte fades with exp(-dt t): small steps remember", fontsize=12, loc="left")
-    axes.tick_params(labelsize=11)
+    axes.set_xlabel("bytes since")
+    axes.set_ylabel("left of it")
+    axes.set_title("a byte fades with exp(-dt t): small steps remember")
     save(figure, "forgetting.svg")
 
 
@@ -282,12 +281,11 @@ def kernels(l=300, n=64):
         A, B = s4d_init(rule, n)
         dt = torch.tensor([0.01], dtype=torch.float64)
         axes.plot(s4d_kernel(dt, A[None], B[None], C, l)[0], linewidth=2)
-        axes.set_title(rule, fontsize=12)
+        axes.set_title(rule)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=11)
-    figure.supxlabel("bytes ago", fontsize=12)
-    figure.suptitle("kernels of S4D: only the real one, Mamba's, does not swing", fontsize=12)
+        figure.supxlabel("bytes ago")
+    figure.suptitle("kernels of S4D: only the real one, Mamba's, does not swing")
     save(figure, "kernels.svg")
 
 
@@ -303,9 +301,11 @@ def main(argv):
         write("train", argv, training_rows(Path(c.run)))
         write("selects", argv, selection_rows(Path(c.run), c.layer))
         write("inside", argv, inside_rows(Path(c.run)))
-    for figure in (training, selects, masks, surprise, forgetting, kernels, learning, speed,
-                   speculation):
+    for figure in (training, selects, learning, speed, speculation):
         figure()
+    with plt.rc_context(READABLE):
+        for figure in (masks, surprise, forgetting, kernels):
+            figure()
     return 0
 
 

@@ -101,7 +101,8 @@ def main(argv):
     c, _ = parse(Flags, argv, "A look inside a trained Mamba-2: python -m tests.look")
     path = c.ckpt or first_ckpt()
     model, _ = load(path)
-    require("mamba2" in model.config.kinds, f"--ckpt {path} has no layer of mamba2 to look into")
+    fits = model.config.vocab == 256 and "mamba2" in model.config.kinds
+    require(fits, f"--ckpt {path} is no model of bytes with a layer of mamba2")
     text = c.text.encode() or Path(__file__).read_bytes()
     for line in table(look(model, text), text):
         print(line)

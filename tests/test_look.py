@@ -124,7 +124,8 @@ def test_sample_and_look_work_before_any_training(tmp_path, monkeypatch, capfd):
     assert write_on([]) == 2 and "no best.pt" in capfd.readouterr().err
 
 
-def test_a_model_without_mamba2_is_one_line(tmp_path, capsys):
-    save(tmp_path / "best.pt", LM(Config(("mamba",), d_model=12)))
-    assert main(["--ckpt", str(tmp_path)]) == 2
-    assert "has no layer of mamba2" in capsys.readouterr().err
+def test_a_model_without_mamba2_or_bytes_is_one_line(tmp_path, capsys):
+    for config in (Config(("mamba",), d_model=12), Config(("mamba2",), d_model=12, head_dim=4, vocab=300)):
+        save(tmp_path / "best.pt", LM(config))
+        assert main(["--ckpt", str(tmp_path)]) == 2
+        assert "is no model of bytes with a layer of mamba2" in capsys.readouterr().err
