@@ -31,7 +31,7 @@ from sample import prefill
 from tests.bench import (Cell, compare, kinds_of_memory, our_config, run, tell, train_once,
                          write_after)
 from tests.noise import corrupt
-from train import evaluate, make_optimizer, prediction_loss, script
+from train import evaluate, keep_memory, make_optimizer, prediction_loss, script
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Selection
@@ -344,4 +344,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())
