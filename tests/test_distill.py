@@ -16,6 +16,7 @@ import distill
 import model
 import sample
 import train
+from conftest import close
 from data.corpus import load_tokens
 from distill import align_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
 from model import LM, Config, load
@@ -66,6 +67,16 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
     torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
 
 
+def test_new_parts_begin_out_of_the_way():
+    """Unlike in the paper: the convolution is the identity, D = 0 and dt = 0.1, so that what was copied speaks first."""
+    mixer = make_student(transformer(), 0, "attention").layers[1].mixer
+    identity = torch.tensor([0.0, 0, 0, 1], dtype=F64).expand_as(mixer.conv1d.weight)
+    close(mixer.conv1d.weight, identity, name="conv1d.weight")
+    close(mixer.conv1d.bias, torch.zeros_like(mixer.conv1d.bias), name="conv1d.bias")
+    close(mixer.D, torch.zeros_like(mixer.D), name="D")
+    close(F.softplus(mixer.dt_bias), torch.full_like(mixer.D, 0.1), 1e-6, "dt")
+
+
 @pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
                                          (0.75, [1, 2, 3, 5, 6, 7]), (0.875, list(range(1, 8))), (1, list(range(8)))])
 def test_attention_stays_where_the_paper_keeps_it(share, kept):
@@ -88,6 +99,7 @@ def test_replacing_no_layer_leaves_the_logits_identical():
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.75])
 def test_all_but_the_new_parts_equals_the_teacher(share):
+    """The map Q -> C, K -> B, V -> x, O -> out_proj, each of 3 heads of keys for two queries; the rest stays as it is."""
     teacher = transformer(norm="layer", rope_base=500.0, window=13)
     student = make_student(teacher, share, "attention")
     new = replaced(student, teacher)
