@@ -72,8 +72,8 @@ def test_mamba2_has_the_published_shapes():
 # One path: training, prefill and decoding are the same function of different lengths
 
 
-@every_kind
 @pytest.mark.parametrize("cuts", [[1], [2], [3], [12], [22], [1, 2], [3, 6, 7, 8], [5, 10, 20]])
+@every_kind
 def test_any_split_of_a_sequence_gives_the_whole_sequence(kind, cuts):
     """Chunks shorter than the convolution and sequences longer than the window included; the last states agree too."""
     model, x = make(kind), tokens(23)
@@ -82,13 +82,13 @@ def test_any_split_of_a_sequence_gives_the_whole_sequence(kind, cuts):
     for piece in x.tensor_split(cuts, dim=1):
         logits, state = model(piece, state)
         parts.append(logits)
-    close(torch.cat(parts, dim=1), want)
+    close(torch.cat(parts, dim=1), want, name="logits")
     for got, w in zip(tensors_of(state), tensors_of(last), strict=True):
-        close(got, w)
+        close(got, w, name="last state")
 
 
-@every_kind
 @pytest.mark.parametrize("upto", [0, 1, 2, 5, 22, 23])
+@every_kind
 def test_the_state_after_a_prefix_has_not_read_the_rest(kind, upto):
     """What speculation keeps: logits of all positions, the state after the first upto, from the beginning and later."""
     model, x = make(kind), tokens(23)
@@ -253,6 +253,7 @@ def test_a_setting_that_cannot_be_is_one_line_with_its_name(changes):
 
 @pytest.mark.parametrize("l", [1, 2, 3, 4, 13])
 def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
+    """As in mamba_simple.py; with a tail before x in the place of zeros, and for x shorter than the convolution too."""
     torch.manual_seed(0)
     b, d, k = 2, 5, 4
     conv = nn.Conv1d(d, d, k, groups=d, dtype=F64)
@@ -260,8 +261,8 @@ def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
     for before in (None, tail):
         y, after = causal_conv(x, conv.weight, conv.bias, before)
         seen = torch.cat([torch.zeros_like(tail) if before is None else tail, x], dim=1)
-        close(y, conv(seen.transpose(1, 2)).transpose(1, 2))
-        assert torch.equal(after, seen[:, l:])
+        close(y, conv(seen.transpose(1, 2)).transpose(1, 2), name="y")
+        close(after, seen[:, l:], 0, "tail")
 
 
 def test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory():

@@ -204,8 +204,8 @@ def test_selective_scan_passes_gradcheck(impl):
     assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, impl=impl), tensors)
 
 
-@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 @pytest.mark.parametrize("cut", [1, 2, 50, 99])
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 def test_any_split_of_a_sequence_gives_the_whole_sequence(impl, cut):
     """The last state of a part, given to the next as h0, is all that it needs to know (Mamba, section 3.3.2)."""
     x, dt, A, B, C, D, h0 = inputs(100)
