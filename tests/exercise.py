@@ -108,7 +108,8 @@ def text_of(name, blank=True):
         begin = function.body[bool(ast.get_docstring(function))]
         empty = f'raise NotImplementedError("{name} is yours to write")'
         lines[begin.lineno - 1:function.end_lineno] = [" " * begin.col_offset + empty]
-    about = [f"{name} of {e.module}.py, {e.minutes} minutes: {e.learns}."]
+    about = [f"{name} of {e.module}.py, {e.minutes} minutes: {e.learns}.",
+             "Write the body, and run: pytest --mine=my.py"]
     for other in e.read:
         value = names.get(other, names)
         if value is names:

@@ -97,7 +97,7 @@ def test_the_state_after_a_prefix_has_not_read_the_rest(kind, upto):
         logits, state = model(x, before, upto)
         close(logits, model(x, before)[0], name="logits")
         want = model(x[:, :upto], before)[1] if upto else before
-        close(model(x[:, :4], state)[0], model(x[:, :4], want)[0], name="logits from that state on")
+        close(model(x[:, :4], state)[0], model(x[:, :4], want)[0], name="logits that follow that state")
 
 
 @every_kind
