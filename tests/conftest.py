@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mine", metavar="FILE", help="grade the functions of FILE: python -m tests.exercise")
+    parser.addoption("--mine", metavar="FILE", help="grade the exercises in FILE (--mine=FILE)")
 
 
 def pytest_configure(config):
@@ -55,14 +55,15 @@ def pytest_runtest_makereport(item, call):
 
 
 def close(actual, expected, tol=1e-10, name="result"):
-    """Equal up to tol, absolutely or relative to the size; else the message begins with the two numbers farthest apart."""
+    """Equal up to tol, absolutely or relatively; if not, the message begins with the two numbers farthest apart."""
     __tracebackhide__ = True
 
     def tell(message):
         if actual.shape != expected.shape:
             return f"{name}: {message}"
-        at = [i.item() for i in torch.unravel_index((actual - expected).abs().argmax(), actual.shape)]
-        return f"{name}{at} is {actual[*at].item():.6g}, expected {expected[*at].item():.6g}\n{message}"
+        farthest = (actual - expected).abs().argmax()
+        at = tuple(i.item() for i in torch.unravel_index(farthest, actual.shape))
+        return f"{name}{[*at]} is {actual[at].item():.6g}, expected {expected[at].item():.6g}\n{message}"
 
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol, msg=tell)
 

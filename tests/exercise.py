@@ -11,7 +11,6 @@ import ast
 import importlib
 import inspect
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,8 @@ class Exercise(NamedTuple):
     minutes: int
     learns: str
     tests: tuple  # what they are called, or how they begin; the plainest first
-    read: tuple = ()  # whose docstrings belong to it: functions, or the module
+    read: tuple = ()  # functions whose docstrings belong to it
+    read_module: bool = False  # and whether the file's does
 
 
 PARALLEL, CHUNKED = (tuple(f"{test}[{impl}" for test in (
@@ -33,7 +33,7 @@ PARALLEL, CHUNKED = (tuple(f"{test}[{impl}" for test in (
     "test_a_scan_has_the_depth_and_the_work_of_its_table")) for impl in ("parallel", "chunked"))
 
 EXERCISES = {
-    "discretize": Exercise("scan", "test_scan", 20, "from h' = A h + B x to one step, by four rules", (
+    "discretize": Exercise("scan", "test_scan", 20, "from h' = A h + B x to a step, by four rules", (
         "test_zoh_and_bilinear_of_a_scalar",
         "test_all_rules_agree_as_dt_goes_to_zero",
         "test_gated_rnn_is_the_one_dimensional_case_under_zoh",
@@ -66,7 +66,7 @@ EXERCISES = {
         "test_without_decay_it_is_causal_linear_attention[quadratic",
         "test_ssd_is_the_selective_scan_with_one_decay_a_head[quadratic",
         "test_the_initial_state_enters_linearly[quadratic",
-        "test_all_forms_agree_for_every_length"), ("ssd", "_heads_first")),
+        "test_all_forms_agree_for_every_length"), ("ssd", "_ssd_naive", "_heads_first", "_decays", "_per_head")),
     "causal_conv": Exercise("model", "test_model", 25, "a convolution has a state; short inputs", (
         "test_causal_conv_is_conv1d_with_padding_on_the_left",
         "test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory",
@@ -75,7 +75,8 @@ EXERCISES = {
     "Mamba.forward": Exercise("model", "test_model", 30, "the block around the selective scan", (
         "test_a_mamba_block_spelt_out",
         "test_any_split_of_a_sequence_gives_the_whole_sequence[mamba-",
-        "test_the_state_after_a_prefix_has_not_read_the_rest[mamba-")),
+        "test_the_state_after_a_prefix_has_not_read_the_rest[mamba-"),
+        ("causal_conv", "selective_scan")),
     "exact": Exercise("sample", "test_speculate", 30, "speculation leaves the distribution alone", (
         "test_a_perfect_drafter_is_always_believed",
         "test_the_text_has_the_targets_distribution_exactly",
@@ -85,49 +86,59 @@ EXERCISES = {
         "test_new_parts_begin_out_of_the_way",
         "test_all_but_the_new_parts_equals_the_teacher",
         "test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax"),
-        ("distill",)),
+        ("input_rows",), read_module=True),
 }
 
 
+def imports_of(module, used):
+    """The lines that import those of a module's own names."""
+    names = vars(module)
+    modules = {name: names[name].__name__ for name in used if inspect.ismodule(names[name])}
+    lines = [f"import {path}" if path == name else f"import {path} as {name}"
+             for name, path in modules.items()]
+    others = ", ".join(sorted(used - {*modules}))
+    return sorted(lines) + [f"from {module.__name__} import {others}"] * bool(others)
+
+
 def text_of(name, blank=True):
-    """A file for --mine: imports, docstrings to read first, and our function, inside its class if it has one."""
+    """A file for --mine: docstrings to read first, imports, and our function, inside its class if it has one."""
     e = EXERCISES[name]
-    names = vars(importlib.import_module(e.module))
+    module = importlib.import_module(e.module)
+    names = vars(module)
     outer, *inner = name.split(".")
     text = inspect.getsource(names[outer])
     tree = function = ast.parse(text).body[0]
     for part in inner:
         function = next(node for node in function.body if getattr(node, "name", None) == part)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {*names} - {outer}
-    modules = {n: names[n].__name__ for n in used if inspect.ismodule(names[n])}
-    imports = sorted(f"import {m}" + (f" as {n}" if n != m else "") for n, m in modules.items())
-    if used - {*modules}:
-        imports.append(f"from {e.module} import {', '.join(sorted(used - {*modules}))}")
     lines = text.splitlines()
     if blank:
-        begin = function.body[bool(ast.get_docstring(function))]
+        begin = function.body[1 if ast.get_docstring(function) else 0]
         empty = f'raise NotImplementedError("{name} is yours to write")'
         lines[begin.lineno - 1:function.end_lineno] = [" " * begin.col_offset + empty]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {*names} - {outer}
     about = [f"{name} of {e.module}.py, {e.minutes} minutes: {e.learns}.",
              "Write the body, and run: pytest --mine=my.py"]
     for other in e.read:
-        value = names.get(other, names)
-        if value is names:
-            about += ["", f"{other}.py", names["__doc__"]]
-        else:
-            about += ["", f"{other}{inspect.signature(value)}", inspect.getdoc(value)]
-    about = textwrap.indent("\n".join(about), "# ", lambda line: True).replace("# \n", "#\n")
-    return "\n".join([about, *imports, "", "", *lines]) + "\n"
+        about += ["", f"{other}{inspect.signature(names[other])}", inspect.getdoc(names[other])]
+    if e.read_module:
+        about += ["", module.__doc__.strip()]
+    about = [f"# {line}".rstrip() for line in "\n".join(about).splitlines()]
+    return "\n".join([*about, *imports_of(module, used), "", "", *lines]) + "\n"
 
 
 def plain(names, path):
-    """The function of that name, Class.method included, in a dict of names, under its decorators; or None."""
+    """The function of that name, Class.method included, among names, under its decorators; or None."""
     first, *rest = path.split(".")
     found = names.get(first)
     for part in rest:
         found = vars(found).get(part) if inspect.isclass(found) else None
     found = inspect.unwrap(found)
     return found if inspect.isfunction(found) else None
+
+
+def ours(name):
+    """The function of ours that an exercise is about."""
+    return plain(vars(importlib.import_module(EXERCISES[name].module)), name)
 
 
 def stand_in(*args, theirs, **kwargs):
@@ -139,26 +150,25 @@ def stand_in(*args, theirs, **kwargs):
 def take(path):
     """Lets the exercises that a file defines run in the place of ours: their names, and a function that undoes it.
 
-    Ours stay the objects that they are, in tables and in other modules, with their decorators; their code changes.
+    Ours stay the objects that they are, in tables and in other modules, with their decorators. Their code changes.
     """
-    names, taken = {"__name__": "mine"}, {}
+    names = {"__name__": "mine"}
     try:
-        exec(compile(Path(path).read_text(), str(path), "exec"), names)
+        exec(compile(Path(path).read_bytes(), str(path), "exec"), names)
     except Exception as e:
         raise UserError(f"{path}: {type(e).__name__}: {e}") from e
-    for name, e in EXERCISES.items():
-        theirs = plain(names, name)
-        ours = plain(vars(importlib.import_module(e.module)), name)
-        if theirs not in (None, ours):
-            taken[name] = ours, ours.__code__
-            ours.__code__ = stand_in.__code__
-            ours.__kwdefaults__ = {"theirs": theirs}
+    taken = {name: plain(names, name) for name in EXERCISES}
+    taken = {name: theirs for name, theirs in taken.items() if theirs not in (None, ours(name))}
     require(taken, f"{path} defines none of {', '.join(EXERCISES)}")
+    before = {name: (ours(name).__code__, ours(name).__kwdefaults__) for name in taken}
+    for name, theirs in taken.items():
+        ours(name).__code__ = stand_in.__code__
+        ours(name).__kwdefaults__ = {"theirs": theirs}
 
     def undo():
-        for ours, code in taken.values():
-            ours.__code__ = code
-            ours.__kwdefaults__ = None
+        for name, (code, defaults) in before.items():
+            ours(name).__code__ = code
+            ours(name).__kwdefaults__ = defaults
 
     return list(taken), undo
 

@@ -68,7 +68,7 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
 
 
 def test_new_parts_begin_out_of_the_way():
-    """Unlike in the paper: the convolution is the identity, D = 0 and dt = 0.1, so that what was copied speaks first."""
+    """Unlike in the paper: the convolution is the identity, D = 0, dt = 0.1, so that what was copied speaks first."""
     mixer = make_student(transformer(), 0, "attention").layers[1].mixer
     identity = torch.tensor([0.0, 0, 0, 1], dtype=F64).expand_as(mixer.conv1d.weight)
     close(mixer.conv1d.weight, identity, name="conv1d.weight")

@@ -1,12 +1,11 @@
-"""exercise.py: what is printed fails the tests that grade it, our own text passes them, and a wrong one reads a claim."""
+"""exercise.py: what is printed fails the tests that grade it, and our text passes them; who is wrong reads a claim."""
 import inspect
-import sys
 
 import pytest
 from _pytest.runner import runtestprotocol
 
 from data.files import UserError
-from exercise import EXERCISES, grading, main, plain, take, text_of
+from exercise import EXERCISES, grading, main, ours, take, text_of
 
 LOOP = '''
 import torch
@@ -25,7 +24,8 @@ class Rounds:
 
     def __init__(self, folder):
         self.file = folder / "mine.py"
-        self.texts = {(name, blank): text_of(name, blank) for name in EXERCISES for blank in (True, False)}
+        pairs = [(name, blank) for name in EXERCISES for blank in (True, False)]
+        self.texts = {pair: text_of(*pair) for pair in pairs}
         self.outcomes = {}
 
     def pytest_runtestloop(self, session):
@@ -51,30 +51,34 @@ def test_every_test_named_fails_without_a_body_and_passes_with_ours(tmp_path):
     files = sorted({f"tests/{e.tests_in}.py" for e in EXERCISES.values()})
     assert pytest.main([*files, "-p", "no:cacheprovider", "--tb=native"], plugins=[rounds]) == 0
     for (name, blank), outcomes in rounds.outcomes.items():
-        assert {item.originalname for item, _ in outcomes} == {test.split("[")[0] for test in EXERCISES[name].tests}
+        wanted = {test.split("[")[0] for test in EXERCISES[name].tests}
+        assert {item.originalname for item, _ in outcomes} == wanted
         for item, failure in outcomes:
             assert inspect.getdoc(item.obj), item.name
-            assert f"{name} is yours to write" in failure if blank else failure == "", (name, item.name, failure)
+            right = f"{name} is yours to write" in failure if blank else failure == ""
+            assert right, (name, item.name, failure)
 
 
 def grade(text, folder, capsys):
     """What pytest --mine prints about a file of that text, and its exit status."""
     (folder / "mine.py").write_text(text)
-    codes = [plain(vars(sys.modules[e.module]), name).__code__ for name, e in EXERCISES.items()]
+    codes = [ours(name).__code__ for name in EXERCISES]
     status = pytest.main([f"--mine={folder / 'mine.py'}", "-p", "no:cacheprovider"])
-    assert codes == [plain(vars(sys.modules[e.module]), name).__code__ for name, e in EXERCISES.items()]
+    assert codes == [ours(name).__code__ for name in EXERCISES]
     return capsys.readouterr().out, status
 
 
-def test_a_wrong_answer_ends_at_the_first_claim_with_its_smallest_case_and_two_numbers(tmp_path, capsys):
-    """A tree that combines two steps in the wrong order is right for one step and wrong for two."""
+def test_a_wrong_answer_ends_at_the_first_claim_with_two_numbers(tmp_path, capsys):
+    """The smallest case that fails: a tree that joins two steps in the wrong order is right for one step."""
     own = text_of("_associative", blank=False)
-    wrong = own.replace("a[:, right] * b[:, left] + b[:, right]", "a[:, left] * b[:, right] + b[:, left]")
-    assert wrong != own
+    joined = "a[:, right] * b[:, left] + b[:, right]"
+    assert joined in own
+    wrong = own.replace(joined, "a[:, left] * b[:, right] + b[:, left]")
     out, status = grade(wrong, tmp_path, capsys)
     assert status == 1 and "1 failed, 4 passed" in out and len(out) < 2000
     assert "test_all_scans_agree_for_every_length[parallel-2-dtype0-False]" in out
-    assert "AssertionError: h[1, 1, 2] is " in out and ", expected " in out and "Every path computes what the loop" in out
+    assert "AssertionError: h[1, 1, 2] is " in out and ", expected " in out
+    assert "Every path computes what the loop computes" in out
 
 
 def test_a_loop_is_no_tree(tmp_path, capsys):
@@ -83,8 +87,9 @@ def test_a_loop_is_no_tree(tmp_path, capsys):
     assert status == 1 and "l = 256: 514 products and sums, one after the other" in out
 
 
-@pytest.mark.parametrize("text, message", [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
-                                           ("def scam(): pass", "defines none of discretize, ")])
+@pytest.mark.parametrize("text, message", [
+    ("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
+    ("def scam(): pass", "defines none of discretize, ")])
 def test_a_file_that_cannot_be_graded_is_one_line(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message) as error:
@@ -101,6 +106,7 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main(["_Scan.backward", "exact"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")
-    assert "ctx.save_for_backward(a, h, h0)" in out and "h_before" not in out and "accepted and p is left" in out
+    assert "ctx.save_for_backward(a, h, h0)" in out and "h_before" not in out
+    assert "from scan import _once\n" in out and "accepted and p is left" in out
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith('error: "scan" is not one of discretize, ')

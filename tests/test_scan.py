@@ -103,7 +103,7 @@ def test_but_not_under_the_rule_the_mamba_code_uses():
 @pytest.mark.parametrize("l", LENGTHS)
 @pytest.mark.parametrize("impl", [name for name in SCANS if name != "naive"])
 def test_all_scans_agree_for_every_length(impl, l, dtype, with_h0):
-    """Every path computes what the loop computes: h_t = a_t h_{t-1} + b_t, and the gradients to a, b, h0 (Blelloch 1990)."""
+    """Every path computes what the loop computes, h and its gradients to a, b and h0 (the tree: Blelloch 1990)."""
     torch.manual_seed(l)
     tensors = [torch.randn(b, l, d, dtype=dtype) * 0.7, torch.randn(b, l, d, dtype=dtype)]
     tensors += [torch.randn(b, d, dtype=dtype)] * with_h0
