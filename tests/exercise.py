@@ -94,10 +94,12 @@ def imports_of(module, used):
     """The lines that import those of a module's own names."""
     names = vars(module)
     modules = {name: names[name].__name__ for name in used if inspect.ismodule(names[name])}
-    lines = [f"import {path}" if path == name else f"import {path} as {name}"
-             for name, path in modules.items()]
+    lines = sorted(f"import {path}" if path == name else f"import {path} as {name}"
+                   for name, path in modules.items())
     others = ", ".join(sorted(used - {*modules}))
-    return sorted(lines) + [f"from {module.__name__} import {others}"] * bool(others)
+    if others:
+        lines.append(f"from {module.__name__} import {others}")
+    return lines
 
 
 def text_of(name, blank=True):
@@ -107,7 +109,8 @@ def text_of(name, blank=True):
     names = vars(module)
     outer, *inner = name.split(".")
     text = inspect.getsource(names[outer])
-    tree = function = ast.parse(text).body[0]
+    tree = ast.parse(text).body[0]
+    function = tree
     for part in inner:
         function = next(node for node in function.body if getattr(node, "name", None) == part)
     lines = text.splitlines()
@@ -156,7 +159,7 @@ def take(path):
     try:
         exec(compile(Path(path).read_bytes(), str(path), "exec"), names)
     except Exception as e:
-        raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     taken = {name: plain(names, name) for name in EXERCISES}
     taken = {name: theirs for name, theirs in taken.items() if theirs not in (None, ours(name))}
     require(taken, f"{path} defines none of {', '.join(EXERCISES)}")
@@ -184,11 +187,14 @@ def grading(name, items):
 @script
 def main(argv):
     argv = sys.argv[1:] if argv is None else argv
-    for name in argv:
+    if argv:
+        name = " ".join(argv)
         require(name in EXERCISES, f'"{name}" is not one of {", ".join(EXERCISES)}')
         print(text_of(name), end="")
-    for name, e in EXERCISES.items() if not argv else ():
+        return 0
+    for name, e in EXERCISES.items():
         print(f"{name:21}{e.module + '.py':11}{e.minutes:3} min  {e.learns}")
+    print("\npython -m tests.exercise NAME > my.py      then write the body, and    pytest --mine=my.py")
     return 0
 
 
