@@ -59,11 +59,12 @@ def close(actual, expected, tol=1e-10, name="result"):
     __tracebackhide__ = True
 
     def tell(message):
-        if actual.shape != expected.shape:
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             return f"{name}: {message}"
         farthest = (actual - expected).abs().argmax()
         at = tuple(i.item() for i in torch.unravel_index(farthest, actual.shape))
-        return f"{name}{[*at]} is {actual[at].item():.6g}, expected {expected[at].item():.6g}\n{message}"
+        where = f"{name}{[*at]}" if at else name
+        return f"{where} is {actual[at].item():.6g}, expected {expected[at].item():.6g}\n{message}"
 
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol, msg=tell)
 

@@ -70,8 +70,8 @@ EXERCISES = {
     "causal_conv": Exercise("model", "test_model", 25, "a convolution has a state; short inputs", (
         "test_causal_conv_is_conv1d_with_padding_on_the_left",
         "test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory",
-        "test_one_byte_at_a_time_equals_the_scan[mamba",
-        "test_the_state_after_a_prefix_has_not_read_the_rest[mamba")),
+        "test_one_byte_at_a_time_equals_the_scan[mamba2",
+        "test_the_state_after_a_prefix_has_not_read_the_rest[mamba2")),
     "Mamba.forward": Exercise("model", "test_model", 30, "the block around the selective scan", (
         "test_a_mamba_block_spelt_out",
         "test_any_split_of_a_sequence_gives_the_whole_sequence[mamba-",
