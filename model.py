@@ -16,6 +16,11 @@ sides of every position and have no state.
                              +- dt ------------------------^         |
                              +- z -------------------------- silu ---+
 
+    Mamba-3         in_proj -+- x -----------------> ssd_scan -------+ * -> out_proj
+                             +- B, C -> norm, turn ------^           |
+                             +- dt, A, w, theta ---------^           |
+                             +- z -------------------------- silu ---+
+
 To add a mixer, write a class like the ones below and add it to MIXERS: its __init__ takes the Config, its last map is
 called out_proj, `slow` names parameters that learn slowly, and tensors that are no parameters are made in forward.
 """
@@ -32,7 +37,7 @@ from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, require, require_type, whole_file
 from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel,
-                  selective_scan, ssd)
+                  selective_scan, ssd, ssd_scan)
 
 MASK = 256  # the token that stands for a masked byte
 
@@ -52,13 +57,13 @@ class Config:
     norm_eps: float = 1e-5
     dropout: float = 0.0
 
-    d_state: int = 16         # n, of S4, S4D, Mamba and Mamba-2
+    d_state: int = 16         # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
     expand: int = 2           # Mamba: channels d = expand * d_model; encoder: m = expand * d_model
     d_conv: int = 4           # k, taps of Mamba's causal convolution
     bias: bool = False        # Mamba's projections in and out; no released model has one
     conv_bias: bool = True
-    head_dim: int = 64        # p, Mamba-2
-    n_group: int = 1          # g, Mamba-2
+    head_dim: int = 64        # p, Mamba-2 and Mamba-3
+    n_group: int = 1          # g, Mamba-2 and Mamba-3
     impl: str = "auto"        # of selective_scan; naive has second derivatives
 
     n_head: int = 4           # attention
@@ -110,7 +115,9 @@ class Config:
             self.require_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
         if self.kinds & {"s4", "s4d"}:
             self.require_multiple("d_state", 2, "the pairs of s4 and s4d")
-        if "mamba2" in self.kinds:
+        if "mamba3" in self.kinds:
+            require(self.d_state >= 4, f"d_state {self.d_state}: mamba3 needs 4 or more to turn")
+        if self.kinds & {"mamba2", "mamba3"}:
             unit = self.head_dim // math.gcd(self.head_dim, self.expand)
             self.require_multiple("d_model", unit,
                                   f"head_dim {self.head_dim} with expand {self.expand}")
@@ -336,6 +343,101 @@ class Mamba2(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mamba-3
+
+
+class Mamba3State(NamedTuple):
+    phi: torch.Tensor  # (b, nh, k), how far every pair of B's and C's numbers has turned
+    h: torch.Tensor    # (b, nh, p, n)
+    B: torch.Tensor    # (b, nh, n), of the last position
+    x: torch.Tensor    # (b, nh, p), of the last position
+
+
+def outer(x, B):
+    """x B^T of every head: x (b, nh, p), B (b, nh, n) -> (b, nh, p, n)."""
+    return x[..., None] * B[:, :, None]
+
+
+def turn(x, phi):
+    """x (..., n) with its channels 2i and 2i + 1 rotated by the angle phi_i (..., k); channels from 2k on stay."""
+    k = phi.shape[-1]
+    even, odd = x[..., :2 * k].unflatten(-1, (k, 2)).unbind(-1)
+    cos = phi.cos()
+    sin = phi.sin()
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return torch.cat([turned.flatten(-2), x[..., 2 * k:]], dim=-1)
+
+
+class Mamba3(nn.Module):
+    """The block of Mamba-3 (Lahoti et al. 2026, 2603.15569), with one input and one output per head.
+
+    h_t = a_t h_{t-1} + (1 - w_t) dt_t a_t x_{t-1} B_{t-1}^T + w_t dt_t x_t B_t^T,   a_t = exp(dt_t A_t)
+    y_t = h_t C_t + D x_t,   output W_out (y * silu(z))
+
+    Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
+    is no convolution. A comes from the input, as dt does. And B and C are normed, biased, and turned in pairs of
+    numbers by phi_t = phi_{t-1} + theta_t dt_t: that is a state with complex decays in real numbers, as S4 has, and it
+    can count modulo 2. dt, A, w are one number per head; theta has k, which all heads share.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.expand * c.d_model
+        n = c.d_state
+        self.heads = d // c.head_dim
+        self.groups = c.n_group
+        # z | x | B | C | dt | A | w | theta, where half of n turns, in k = n/4 pairs
+        self.parts = [d, d, self.groups * n, self.groups * n, *[self.heads] * 3, n // 4]
+        self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=False)
+        self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
+        self.B_norm = nn.RMSNorm(n, eps=1e-5)
+        self.C_norm = nn.RMSNorm(n, eps=1e-5)
+        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # 1: of the rank, as released
+        self.C_bias = nn.Parameter(torch.ones(self.heads, 1, n))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+
+    def forward(self, x, state=None, upto=None):
+        z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt, A, w, theta = (t.to(wide) for t in rest)
+        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
+        x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
+        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
+        theta = math.pi * torch.tanh(theta)
+        y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
+                              state, upto)
+        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state
+
+    def recur(self, x, dt, A, w, theta, B, C, state, upto):
+        """y (b, l, nh, p) and the state after the first upto positions, by one ssd_scan.
+
+        It takes both terms of x_t at once, so h_t holds (1 - w_{t+1}) dt_{t+1} x_t B_t^T a step early. This is taken
+        back from y and from the last state. Shapes: theta (b, l, k), B and C (b, l, g, n) before their bias.
+        """
+        copies = self.heads // B.shape[2]
+        B = B.repeat_interleave(copies, dim=2) + self.B_bias[:, 0]  # (b, l, nh, n)
+        C = C.repeat_interleave(copies, dim=2) + self.C_bias[:, 0]
+        phi = (theta[:, :, None] * dt[..., None]).cumsum(1)  # (b, l, nh, k)
+        if state is None:
+            no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
+            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)
+        phi = phi + state.phi[:, None]
+        B = turn(B, phi)
+        C = turn(C, phi)
+        early = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
+        h = state.h + outer(early[:, 0] * state.x, state.B)
+        u = ((w * dt)[..., None] + early[:, 1:]) * x
+        y, h = ssd_scan(u, dt * A, B, C, h, upto=upto)
+        y = y + (self.D[:, None] - early[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
+        end = x.shape[1] if upto is None else upto
+        phi, B, x = (t[:, end - 1].clone() if end else old  # no view of all
+                     for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
+        return y, Mamba3State(phi % (2 * math.pi), h - outer(early[:, end] * x, B), B, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention: the baseline, and the teacher to distil from
 
 
@@ -441,8 +543,10 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-torch.serialization.add_safe_globals([S4State, MambaState, AttentionState])  # saved states load
-MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
+STATES = [S4State, MambaState, Mamba3State, AttentionState]
+torch.serialization.add_safe_globals(STATES)  # saved states load
+MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
+          "attention": Attention}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
@@ -714,6 +818,8 @@ def load(path, device="cpu"):
     if not isinstance(extra, dict) or extra.get("format") != FORMAT:
         layout, config, weights = read(path, extra)
         extra = {"layout": layout, "config": config, "model": weights}
+    if not isinstance(extra.get("flags", {}), dict):  # a run's flags; these are somebody else's
+        del extra["flags"]
     try:
         with torch.device("meta"):
             model = make_model(Config(**extra.pop("config")))

@@ -478,7 +478,7 @@ def write(c):
     config = model.config
     vocabulary = vocabulary_of(c.ckpt, config, extra.get("layout"), c.fill, c.crlf)
     if c.draft:
-        data = (extra.get("flags") or {}).get("data")
+        data = extra.get("flags", {}).get("data")
         drafter = make_drafter(c, config.vocab, data, device, dtype)
     if "attention" in config.kinds and not c.fill:
         kept = f"its last {config.window - 1}" if config.window else "all"

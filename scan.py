@@ -157,15 +157,21 @@ def discretize(dt, A, B, rule="mamba"):
     bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         trapezoid; S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    with x_t + Abar x_{t-1} for x_t
 
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs
     by the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
     where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an
     empirical one.
+
+    trapezoid takes the mean of a step's two ends, the earlier one decayed by Abar. So it is second order in dt where x
+    is smooth; a rule that sees one end is first order. Mamba-3 (2603.15569) learns the weights of the two ends.
     """
     z = dt * A
     if rule == "mamba":
         return torch.exp(z), dt * B
+    if rule == "trapezoid":
+        return torch.exp(z), dt / 2 * B
     if rule == "euler":
         return 1 + z, dt * B
     if rule == "bilinear":
@@ -176,7 +182,7 @@ def discretize(dt, A, B, rule="mamba"):
         s = torch.where(small, z, torch.zeros_like(z))
         series = 1 + s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6))))
         return torch.exp(z), dt * torch.where(small, series, torch.expm1(safe) / safe) * B
-    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba')
+    raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba, trapezoid')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
@@ -755,7 +761,8 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #    chunked     l (q (n + p) + 2 n p)  times l (q + n p / q)         attention in chunks of q, a scan between them
 #
 # The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
-# linear attention (call scan), a matrix a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
+# linear attention (call scan), a complex number Mamba-3 (in model.py, by turning B and C), a matrix
+# a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
 
 
 def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
@@ -766,20 +773,32 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     the first upto steps, by default all. Gradients reach every input, also through h. impl: naive, quadratic, chunked,
     or auto, which is chunked (naive for one step).
     """
-    sizes = _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"),
-                   B=(B, "b l g n"), C=(C, "b l g n"), D=(D, "nh"), h0=(h0, "b nh p n"))
-    _check_real("ssd", x, dt, A, B, C, D, h0)
+    _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"), D=(D, "nh"))
+    _check_real("ssd", x, dt, A, D)
+    wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
+    y, h = ssd_scan(dt[..., None] * wide, dt * A, B, C, h0, impl, upto)
+    return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
+
+
+def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
+    """h_t = exp(log_a_t) h_{t-1} + u_t B_t^T,   y_t = h_t C_t: ssd with u = dt x and log_a = dt A given.
+
+    u (b, l, nh, p), log_a (b, l, nh) <= 0, the rest as above -> y, h, both float32 or float64. For a layer whose input
+    and decay have no dt in common (Mamba-3).
+    """
+    sizes = _check("ssd", u=(u, "b l nh p"), log_a=(log_a, "b l nh"), B=(B, "b l g n"),
+                   C=(C, "b l g n"), h0=(h0, "b nh p n"))
+    _check_real("ssd", u, log_a, B, C, h0)
     if sizes["g"] == 0 or sizes["nh"] % sizes["g"]:
         raise ValueError(f"ssd: {sizes['nh']} heads do not divide into {sizes['g']} groups")
     end = _steps(upto, sizes["l"])
-    wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
+    u, log_a, B, C, h0 = _widen(u, log_a, B, C, h0)
     if h0 is None:
-        h0 = wide.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
+        h0 = u.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
-    with _no_autocast(x.device):
-        log_a = (dt * A).clamp(min=-1e30)  # -inf times a zero would be NaN
-        y, h = path(dt[..., None] * wide, log_a, B, C, h0, end)
-        return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
+    with _no_autocast(u.device):
+        log_a = log_a.clamp(min=-1e30)  # -inf times a zero would be NaN
+        return path(u, log_a, B, C, h0, end)
 
 
 def _ssd_naive(u, log_a, B, C, h0, end):

@@ -402,7 +402,7 @@ def open_run(c, given, script):
         return c, None
     model, extra = load(folder / "last.pt")
     flags = extra.get("flags")
-    ours = extra.get("script") == script and isinstance(flags, dict) and "step" in extra
+    ours = extra.get("script") == script and flags is not None and "step" in extra
     require(ours, f"{folder} is no run of {script}; choose another --out")
     extra["stamps"] = files
     saved = {name: value for name, value in flags.items() if name in vars(c)}
@@ -742,7 +742,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. The script
 
-D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}  # for --d_state 0
+D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}  # the mixers' own, for --d_state 0
 
 
 @dataclass
@@ -761,7 +761,7 @@ class Flags(RunFlags):
     n_layer: int = flag(3, "layers", low=1, high=1000, fixed=True)
     d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}, of a hybrid the "
                         "smallest of theirs", fixed=True)
-    head_dim: int = flag(32, "mamba2: channels per head", low=1, fixed=True)
+    head_dim: int = flag(32, "mamba2, mamba3: channels per head", low=1, fixed=True)
     n_head: int = flag(4, "attention: heads", low=1, fixed=True)
     dropout: float = flag(0.0, "on layers' outputs, or an encoder's input", high=0.99, fixed=True)
 
@@ -834,8 +834,7 @@ def eval_only(c, given):
     ignored = given.keys() & {"init", "compile"}
     require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
-    flags = extra.get("flags")
-    saved = (flags if isinstance(flags, dict) else {}).items()  # distill.py has others
+    saved = extra.get("flags", {}).items()  # distill.py has others
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
     check_flags(c)
     check_model(c.out, model.config, c, given)

@@ -126,7 +126,7 @@ def test_any_split_gives_the_whole_sequence(f, make, impl, device):
 
 
 @on_gpu
-@pytest.mark.parametrize("layers", [("mamba",) * 2, ("mamba2",) * 2, ("attention+mlp",) * 2,
+@pytest.mark.parametrize("layers", [("mamba",) * 2, ("mamba2",) * 2, ("mamba3",) * 2, ("attention+mlp",) * 2,
                                     ("mamba2", "attention+mlp", "mamba")])
 def test_a_model_gives_the_same_logits_and_gradients_as_on_a_cpu(layers, device):
     """In one pass, and with the state carried on; under bfloat16 autocast to its precision."""
@@ -245,7 +245,7 @@ def test_torch_compile_takes_the_kernels_whole(impl, device):
 
 @on_gpu
 @pytest.mark.parametrize("size", [1, 64])
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4d", "s4"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3", "s4d", "s4"])
 def test_a_captured_step_writes_the_same_bits(layer, size, device):
     """A CUDA graph of the step against the step itself, from a prompt's state, under autocast as in sample.py."""
     torch.manual_seed(0)

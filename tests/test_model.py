@@ -23,6 +23,7 @@ KINDS = {"s4": Config(("s4",) * 2, **SIZES),
          "s4d": Config(("s4d",) * 2, **SIZES),
          "mamba": Config(("mamba",) * 2, **SIZES),
          "mamba2": Config(("mamba2",) * 2, **SIZES),
+         "mamba3": Config(("mamba3",) * 2, **SIZES),
          "attention": Config(("attention+mlp",) * 2, **SIZES),
          "window": Config(("attention+mlp",) * 2, **SIZES, window=5),
          "hybrid": Config(("mamba", "attention+mlp", "mamba2+mlp"), **SIZES, norm="layer", tie=False)}
@@ -144,7 +145,7 @@ def test_both_parts_of_the_state_matter(kind):
     assert state[0].tail.shape[1] == 3  # k - 1
 
 
-@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2", "mamba3"])
 def test_the_recurrent_state_has_the_same_size_after_any_length(kind):
     model = make(kind)
     shapes = {tuple(t.shape for t in tensors_of(model(tokens(l))[1])) for l in (1, 2, 3, 4, 50)}
@@ -193,7 +194,7 @@ def test_autocast_keeps_the_parameters_and_the_recurrent_state_wide(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["s4", "s4d", "mamba", "mamba2", "mamba3"])
 def test_a_model_of_half_precision_is_near_the_whole_one(kind, dtype):
     """Complex parameters have no such type; their kernels stay float32."""
     model, x = make(kind, torch.float32), tokens(20)
@@ -381,7 +382,7 @@ def test_what_writes_into_the_residual_stream_shrinks_with_depth():
     assert torch.equal(four.in_proj.weight, one.in_proj.weight)
 
 
-@pytest.mark.parametrize("layer", ["s4", "s4d", "mamba", "mamba2", "attention+mlp"])
+@pytest.mark.parametrize("layer", ["s4", "s4d", "mamba", "mamba2", "mamba3", "attention+mlp"])
 def test_an_untrained_model_guesses_uniformly(layer):
     """The loss at step 0 is ln 256 = 5.545 nats, near enough."""
     torch.manual_seed(0)
@@ -392,7 +393,7 @@ def test_an_untrained_model_guesses_uniformly(layer):
 
 def test_impossible_sizes_are_one_line_errors():
     attention = dict(layers=("attention",))
-    for flags, message in ((dict(layers=("mamba3",)), '"mamba3" is not one of s4, s4d, mamba'),
+    for flags, message in ((dict(layers=("mamba4",)), '"mamba4" is not one of s4, s4d, mamba'),
                            (dict(layers=()), "at least one layer"),
                            (attention | dict(d_model=100, n_head=6), "d_model 100 is not a multiple of 12"),
                            (attention | dict(n_head=4, n_kv_head=3), "n_head 4 is not a multiple of 3"),
@@ -412,7 +413,7 @@ def test_impossible_sizes_are_one_line_errors():
         Config(("mamba2",), d_model=d_model, head_dim=32)  # what was advised
 
 
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "s4", "s4d"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3", "s4", "s4d"])
 def test_second_derivatives_and_functional_transforms(layer):
     """Mamba's chunked scan has neither and says so; Config(impl="naive") has both."""
     config = dict(layers=(layer,), d_model=8, head_dim=4, d_state=4)

@@ -18,6 +18,7 @@ F64 = torch.float64
 SIZES = dict(d_model=16, d_state=5, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
 KINDS = {"mamba": Config(("mamba",) * 2, **SIZES),
          "mamba2": Config(("mamba2",) * 2, **SIZES),
+         "mamba3": Config(("mamba3",) * 2, **SIZES),
          "attention": Config(("attention+mlp",) * 2, **SIZES, window=7),
          "hybrid": Config(("mamba", "attention+mlp", "mamba2"), **SIZES)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -382,8 +383,9 @@ def test_the_state_of_a_prompt_can_be_trained_on():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_model_of_a_task_is_drafted_for_without_its_corpus(tmp_path, capsysbinary):
-    save(tmp_path / "best.pt", make("mamba2").float(), flags={"data": "induction"})
+@pytest.mark.parametrize("saved", [{"data": "induction"}, "another program's"])
+def test_a_model_of_no_corpus_is_drafted_for_from_its_own_text(saved, tmp_path, capsysbinary):
+    save(tmp_path / "best.pt", make("mamba2").float(), flags=saved)
     flags = ("--ckpt", tmp_path, "--bytes", 9, "--raw", "--temperature", 0)
     assert written(capsysbinary, *flags, "--draft", "ngram") == written(capsysbinary, *flags)
 

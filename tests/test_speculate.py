@@ -196,8 +196,8 @@ def test_a_word_is_accepted_more_often_by_its_trie_than_as_a_point_mass():
 # The loop
 
 SIZES = dict(d_model=16, d_state=6, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
-KINDS = {"mamba": ("mamba",) * 2, "mamba2": ("mamba2",) * 2, "attention": ("attention+mlp",) * 2,
-         "s4": ("s4", "s4d"), "hybrid": ("mamba", "attention+mlp", "mamba2")}
+KINDS = {"mamba": ("mamba",) * 2, "mamba2": ("mamba2",) * 2, "mamba3": ("mamba3",) * 2,
+         "attention": ("attention+mlp",) * 2, "s4": ("s4", "s4d"), "hybrid": ("mamba", "attention+mlp", "mamba2")}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

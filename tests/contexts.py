@@ -1,0 +1,274 @@
+"""What states are good for beyond a window: python -m tests.contexts NAME [--quick] [--json FILE]
+
+    mamba3      Mamba-3 beside Mamba-2: equal time, equal bytes, with and without a local convolution
+    carry       training windows that begin from another window's last state: loss by position to 16,384
+    lengths     attention stretched to 4 times its length in three ways, beside state-space layers as they are
+    overfill    a small model that goes on from the state of a large one
+
+Models are runs below out/contexts, which a second call does not train again: after Ctrl-C repeat the command. Results go
+to assets/context_NAME.json, and python -m tests.figures draws them.
+"""
+import dataclasses
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import train
+from data.corpus import load_corpus
+from model import LM, Config, load
+from tests.bench import run, tell
+from tests.studies import by_position, window_nats
+from train import evaluate, prediction_loss, script, surprise
+
+ROOT = Path("out/contexts")
+QUICK = "--data tests/contexts.py --steps 2 --batch_size 2 --seq_len 16"
+
+
+def trained(c, folder, flags, model=None, loss_of=None):
+    """A run's model, trained at the first call: train.py's flags, but for the model or the loss that is given."""
+    folder = (ROOT / "quick" if c.quick else ROOT) / folder
+    if not (folder / "best.pt").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # stopped: it begins again
+        words = [*flags.split(), "--out", str(folder), *(QUICK.split() if c.quick else [])]
+        flags, _ = train.parse(train.Flags, words, "")
+        torch.manual_seed(flags.seed)
+        model = LM(train.make_config(flags)) if model is None else model()
+        corpus, objective = train.load_data(flags)
+        where = (0, 1, train.pick_device(flags.device))
+        if train.fit(flags, where, model, {}, corpus, objective, loss_of):
+            raise KeyboardInterrupt
+    return load(folder)[0]
+
+
+def validation(c, count=400_000):
+    """Bytes that no run has trained on."""
+    return load_corpus("tests/contexts.py" if c.quick else "python").val[:count]
+
+
+def rows_by_position(c, model, length, **row):
+    """Rows of bits per byte by position, over at most 24 windows of validation text, each read in one piece by
+    attention, which then needs no mask, else in pieces of 512."""
+    data = validation(c)
+    length = min(length, len(data))
+    stride = max(length, (len(data) - length) // 23)
+    piece = 512 if model.recurrent else length
+    nats = window_nats(model, data, length, stride, 4 if model.recurrent else 1, piece)
+    return tell([{"table": "position", **row, "from": a, "to": b, "bpb": bpb}
+                 for a, b, bpb in by_position(nats)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Mamba-3 beside Mamba-2
+
+
+def study_mamba3(c):
+    """By minutes, then by steps at several learning rates, and Mamba-2 with one tap of its convolution, which is none."""
+    runs = {"mamba2, 2 minutes": "--minutes 2", "mamba3, 2 minutes": "--layer mamba3 --minutes 2"}
+    for lr in (2.5e-3, 5e-3, 1e-2):
+        runs[f"mamba3, 1,000 steps, lr {lr}"] = f"--layer mamba3 --steps 1000 --lr {lr}"
+        runs[f"mamba2, 1,000 steps, lr {lr}"] = f"--steps 1000 --lr {lr}"
+    runs["mamba2 without convolution, 1,000 steps"] = "--steps 1000"
+    rows = []
+    for name, flags in runs.items():
+        one_tap = dataclasses.replace(train.make_config(train.Flags()), d_conv=1)
+        make = (lambda: LM(one_tap)) if "without" in name else None
+        flags += " --minutes 0" if c.quick else ""
+        model = trained(c, "mamba3_" + name.replace(" ", "_").replace(",", ""), flags, make)
+        bits = evaluate(model, validation(c, 10**6), 128, 64)[0]
+        rows += tell([{"table": "mamba3", "path": name, "bpb": bits}])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. States passed on
+
+
+class StatePassing:
+    """A loss for train.fit: with probability p a window begins from the last state of another row of the step before,
+    detached (state passing, 2507.02782). So the model sees states that a window alone never reaches."""
+
+    def __init__(self, p):
+        self.p = p
+        self.state = None
+        self.random = random.Random(0)
+
+    def __call__(self, model, tokens, targets):
+        b = len(tokens)
+        state = None
+        if self.state is not None:
+            passed = torch.tensor([self.random.random() < self.p for _ in range(b)])
+            state = tuple(type(s)(*(self.choose(passed, t) for t in s)) for s in self.state)
+        logits, after = model(tokens, state)
+        self.state = tuple(type(s)(*(t.detach() for t in s)) for s in after)
+        return surprise(logits, targets).mean()
+
+    @staticmethod
+    def choose(passed, t):
+        """Another row's tensor where passed, else zero, which is the beginning of a text."""
+        mask = passed.view(-1, *[1] * (t.ndim - 1))
+        return torch.where(mask, t.roll(1, dims=0), torch.zeros_like(t))
+
+
+def study_carry(c):
+    """Runs of about two minutes in windows of 128; then a tenth more, plain and with states passed on."""
+    sizes = {"s4d": "--layer s4d --n_layer 7 --steps 1000",
+             "mamba": "--layer mamba --d_model 184 --steps 700",
+             "mamba2": "--layer mamba2 --steps 1500"}
+    rows = []
+    for layer, flags in sizes.items():
+        base = trained(c, f"carry_{layer}", flags)
+        state = base.state_dict()
+        steps = int(flags.split()[-1]) // 10
+        for p in (0.0, 0.5):
+            def copy():
+                model = LM(base.config)
+                model.load_state_dict(state)
+                return model
+            loss_of = StatePassing(p) if p else prediction_loss
+            more = f"--steps {steps} --lr 1e-3 --warmup 10 --seed 2"
+            model = trained(c, f"carry_{layer}_{p}", more, copy, loss_of)
+            bits = [evaluate(model, validation(c, 10**6), *shape, carried=carried)[0]
+                    for shape, carried in (((128, 64), False), ((128, 64), True))]
+            rows += tell([{"table": "carried", "path": layer, "passed": p,
+                           "windows": bits[0], "carried": bits[1]}])
+            rows += rows_by_position(c, model, 64 if c.quick else 2**14, path=layer, passed=p)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Lengths
+
+LENGTH = 256  # of training
+FACTOR = 4    # by which attention is stretched
+
+
+def stretched(c, base, how):
+    """base with its rotary positions slowed for a context FACTOR times as long, all positions seen.
+
+    interpolation (2306.15595) slows every pair of channels by FACTOR; ntk raises the base so that the fastest pair
+    stays and the slowest is slowed by FACTOR; parts (YaRN's, 2309.00071, Llama 3.1's) slows what turned less than once.
+    """
+    config = base.config
+    size = config.d_model // config.n_head
+    change = {"plain": {},
+              "interpolation": {"rope_scaling": (FACTOR, 1e9, 2e9, LENGTH)},
+              "ntk": {"rope_base": config.rope_base * FACTOR ** (size / (size - 2))},
+              "parts": {"rope_scaling": (FACTOR, 1.0, 4.0, LENGTH)}}[how]
+    model = LM(dataclasses.replace(config, window=0, **change))
+    model.load_state_dict(base.state_dict())
+    return model.eval()
+
+
+def repeated(c, model, distance, size=32, count=32):
+    """Bits per byte of `size` bytes of text that stand `distance` bytes earlier too, and of the same bytes there."""
+    data = torch.from_numpy(validation(c).astype("int64"))
+    size = min(size, distance // 2)
+    starts = torch.arange(count) * ((len(data) - distance) // count)
+    rows = torch.stack([data[s:s + distance + size] for s in starts.tolist()])
+    rows[:, -size:] = rows[:, :size]
+    piece = 512 if model.recurrent else distance + size
+    bits = []
+    with torch.inference_mode():
+        for group in rows.split(8 if model.recurrent else 2):
+            state = None
+            logits = []
+            for tokens in group.split(piece, dim=1):
+                out, state = model(tokens, state)
+                logits.append(out)
+            guess = torch.cat(logits, dim=1)[:, -size - 1:-1]
+            bits.append(F.cross_entropy(guess.mT, group[:, -size:], reduction="none"))
+    return torch.cat(bits).mean().item() / math.log(2)
+
+
+def study_lengths(c):
+    """Equal bytes: 800 steps of 8 windows of 256; then 100 steps of 4 windows of 1,024 for attention."""
+    steps = f"--steps 800 --seq_len {LENGTH}"
+    flags = {"attention": f"--layer attention --d_model 144 --lr 2e-3 {steps}",
+             "mamba2": f"--layer mamba2 {steps}", "mamba3": f"--layer mamba3 {steps}",
+             "hybrid": f"--layer mamba2,attention --n_layer 4 --d_model 160 {steps}"}
+    models = {name: trained(c, f"lengths_{name}", line) for name, line in flags.items()}
+    base = models.pop("attention")
+    models["hybrid"] = stretched(c, models["hybrid"], "plain")
+    long = f"--steps 100 --batch_size 4 --seq_len {FACTOR * LENGTH} --lr 5e-4 --warmup 10"
+    for how in ("plain", "interpolation", "ntk", "parts"):
+        models[f"attention, {how}, not tuned"] = stretched(c, base, how)
+        models[f"attention, {how}"] = trained(c, f"lengths_{how}", long,
+                                              lambda: stretched(c, base, how))
+    rows = []
+    for name, model in models.items():
+        rows += rows_by_position(c, model, 64 if c.quick else 16 * LENGTH, path=name)
+        for distance in (LENGTH, 4 * LENGTH, 16 * LENGTH):
+            distance = distance // 16 if c.quick else distance - 32
+            rows += tell([{"table": "repeated", "path": name, "distance": distance,
+                           "bpb": repeated(c, model, distance)}])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. OverFill
+
+PROMPT = 128  # bytes that the large model reads
+
+
+def filled(teacher):
+    """A loss for train.fit: the teacher reads a prompt (OverFill, 2508.08446), the student predicts what follows."""
+    def loss_of(student, tokens, targets):
+        cut = tokens.shape[1] // 2
+        with torch.no_grad():
+            _, state = teacher(tokens[:, :cut])
+        logits, _ = student(tokens[:, cut:], state, upto=0)
+        return surprise(logits, targets[:, cut:]).mean()
+    return loss_of
+
+
+@torch.inference_mode()
+def after_the_switch(c, reader, writer):
+    """Nats of each of PROMPT bytes that the writer predicts from the state in which the reader leaves a prompt."""
+    data = torch.from_numpy(validation(c).astype("int64"))
+    half = 16 if c.quick else PROMPT
+    nats = []
+    for rows in data.unfold(0, 2 * half, 2 * half)[:1024].split(64):
+        _, state = reader(rows[:, :half - 1])
+        logits, _ = writer(rows[:, half - 1:-1], state, upto=0)
+        nats.append(F.cross_entropy(logits.mT, rows[:, half:], reduction="none"))
+    return torch.cat(nats)
+
+
+def study_overfill(c):
+    """The default run's Mamba-2 and a student of half its width with twice the expansion: their states have one shape,
+    so that nothing is converted. Two seeds, 800 steps of 8 windows of 256; a student alone reads the prompt itself."""
+    shape = {"expand": 2, "head_dim": 32, "d_state": 32, "tie": False, "layers": ("mamba2",) * 3}
+    large = trained(c, "overfill_teacher", "--steps 2200",
+                    lambda: LM(Config(d_model=192, **shape)))
+    small = Config(d_model=96, **shape | {"expand": 4})
+    rows = []
+    cases = [("the large model", 0, large, large)]
+    for seed in (1, 2):
+        flags = f"--steps 800 --seq_len {2 * PROMPT} --seed {seed}"
+        alone = trained(c, f"overfill_alone_{seed}", flags, lambda: LM(small))
+        student = trained(c, f"overfill_filled_{seed}", flags, lambda: LM(small), filled(large))
+        cases += [("the small one alone", seed, alone, alone),
+                  ("the small one after the large", seed, large, student)]
+    for name, seed, reader, writer in cases:
+        nats = after_the_switch(c, reader, writer)
+        rows += tell([{"table": "overfill", "path": name, "seed": seed, "from": a, "to": b,
+                       "bpb": bpb} for a, b, bpb in by_position(nats, 5)])
+    return rows
+
+
+STUDIES = {"mamba3": study_mamba3, "carry": study_carry, "lengths": study_lengths,
+           "overfill": study_overfill}
+
+
+@script
+def main(argv):
+    return run(argv, "tests.contexts", STUDIES, "context")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
