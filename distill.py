@@ -300,7 +300,6 @@ def show(c, teacher, student, new, corpus):
 @script
 def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
-    keep_memory()
     c, resumed = open_run(c, given, "distill.py")
     require(c.kl + c.reverse_kl + c.ce > 0, "--kl, --reverse_kl and --ce are all 0; raise one")
     rank, world, device = where = join_processes(pick_device(c.device))
@@ -323,4 +322,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -830,6 +830,9 @@ def load(path, device="cpu"):
                     for t in weights.values())
         require(plain, "its weights are no floats")
         weights = {name: t.contiguous() for name, t in weights.items()}  # not expanded
+        if layout is None:  # half precision is for a small file, not for computing
+            weights = {name: t.to(torch.promote_types(t.dtype, torch.float32))
+                       for name, t in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

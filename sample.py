@@ -28,6 +28,7 @@ from train import flag, parse, pick_device, pick_dtype, script
 
 COUNTED = 2**24  # bytes of a corpus that --draft counts at most: 500 MB while they are sorted
 PREFILL = 2048  # tokens of the prompt read at a time; the result is that of reading all
+SHIPPED = Path(__file__).parent / "assets" / "mamba2.pt"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The distribution to sample from
@@ -393,7 +394,8 @@ class CountDrafter(Drafter):
 
 @dataclass
 class Flags:
-    ckpt: str = flag("out/mamba2", "a checkpoint: a run's folder, or a published one's")
+    ckpt: str = flag("", "a checkpoint: a run's folder, or a published one's (default: "
+                     "out/mamba2, or assets/mamba2.pt where that does not exist yet)")
     prompt: str = flag("", "text, or ids for a model of tokens; - is standard input")
     bytes: int = flag(500, "how many to write", low=1)
     fill: str = flag("", "text whose underscores an encoder fills, one byte each; without any, "
@@ -407,7 +409,7 @@ class Flags:
     raw: bool = flag(False, "the exact bytes; without it U+FFFD stands for what is not UTF-8")
     crlf: bool = flag(False, "CR LF inside the model, LF outside: for MambaByte's PG19 models")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = flag("auto", "auto is bfloat16 on CUDA, else float32",
+    dtype: str = flag("auto", "auto: bfloat16 on a GPU from compute capability 8.0, else float32",
                       one_of=("auto", "float32", "bfloat16", "float64"))
     draft: str = flag("", "what guesses ahead: a checkpoint of bytes or words, ngram (copies from "
                       "the text) or counts (draws from n-grams of --ckpt's corpus)")
@@ -424,6 +426,15 @@ def check(c):
         raise UserError("standard input or output is closed; open it, or give --prompt TEXT")
     if c.draft and (c.fill or c.compile or c.batch > 1):
         raise UserError("--draft speculates on one text; leave out --fill, --compile and --batch")
+
+
+def first_ckpt():
+    """The default --ckpt: the run that train.py makes by default, or before that the same one as it is shipped."""
+    path = Path("out/mamba2")
+    if path.exists():
+        return str(path)
+    print(f"no {path} yet; this is assets/{SHIPPED.name}, a run that is shipped", file=sys.stderr)
+    return str(SHIPPED)
 
 
 def load_model(path, device, dtype):
@@ -520,6 +531,7 @@ def write(c):
 def main(argv):
     c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
     check(c)
+    c.ckpt = c.ckpt or first_ckpt()
     write(c)
     return 0
 

@@ -137,11 +137,15 @@ def _skip(y, x, D):
     return y if D is None else torch.addcmul(y, x, D)
 
 
+def _compiles_triton(gpu):
+    return torch.cuda.get_device_capability(gpu) >= (8, 0)
+
+
 def _takes_triton(x, n):
     """Whether impl="auto" runs section 6: Triton is here and compiles for this GPU, and it can be worth it."""
     if triton is None or not x.is_cuda or torch.version.hip:
         return False
-    return x.shape[1] > 1 and n <= 64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.shape[1] > 1 and n <= 64 and _compiles_triton(x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1177,6 +1181,8 @@ def _selective_triton(x, dt, A, B, C, D, h0):
         why = f"its kernels take 1 to 64 states per channel, not {n}"
     elif not x.is_cuda and isinstance(_walk, triton.JITFunction):
         why = f"on {x.device} it needs TRITON_INTERPRET=1 in the environment when Python starts"
+    elif x.is_cuda and not _compiles_triton(x.device):
+        why = f"it compiles for compute capability 8.0 and higher, which {x.device} has not"
     if why:
         raise RuntimeError(f'selective_scan: impl="triton" cannot run: {why}; use impl="chunked"')
     wide = _wide_dtype(*inputs)

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from contextlib import nullcontext, suppress
@@ -123,7 +124,8 @@ class RunFlags:
     val_bytes: int = flag(1_000_000, "validate on so many bytes at most; 0 is all")
     seed: int = flag(1, "of the weights, the windows and dropout")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on CUDA",
+    dtype: str = flag("auto", "float32, float64, or bfloat16 (autocast), which is auto on a GPU "
+                     "from compute capability 8.0",
                       one_of=("auto", "float32", "bfloat16", "float64"))
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
     seq_len: int = flag(128, "bytes in a window", low=1, high=2**24)
@@ -155,8 +157,9 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """(dtype of the parameters, autocast context): bfloat16 means float32 parameters under autocast."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name == "auto":  # GPUs below compute capability 8.0 only emulate bfloat16, slowly
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bfloat16" if fast else "float32"
     if name == "bfloat16":
         return torch.float32, torch.autocast(device.type, torch.bfloat16)
     return getattr(torch, name), nullcontext()
@@ -164,7 +167,8 @@ def pick_dtype(name, device):
 
 def keep_memory():
     """Linux: reuse freed memory. glibc returns each large tensor to the system and takes the next one as fresh pages,
-    which the kernel fills with zeros: a fifth of a step's time on two cores."""
+    which the kernel fills with zeros: a fifth of a step's time on two cores. It is set for the whole process, so only
+    a script that is the program calls this, not main."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
@@ -711,7 +715,9 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
                    dynamic_ncols=True, bar_format=BAR)
-    signals = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle them
+        signals = set()
     before = {s: signal.signal(s, run.note) for s in signals
               if signal.getsignal(s) != signal.SIG_IGN}  # nohup
     try:
@@ -851,7 +857,6 @@ def eval_only(c, given):
 @script
 def main(argv):
     c, given = parse(Flags, argv, "Train a byte language model; by default Mamba-2 on Python code.")
-    keep_memory()
     if c.eval_only:
         return eval_only(c, given)
     c, resumed = open_run(c, given, "train.py")
@@ -869,4 +874,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

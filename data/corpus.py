@@ -261,7 +261,10 @@ def load_tokens(name, vocab):
 
 @functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
 def epoch_starts(last, stride, count, seed, epoch):
-    """Where an epoch's windows begin, in the order of reading; last is the last place where one fits."""
+    """Where an epoch's windows begin, in the order of reading; last is the last place where one fits.
+
+    All starts are held at once: of a file of 20 GB in windows of 128, 2.6 GB and half a minute per epoch.
+    """
     rng = np.random.default_rng((seed, epoch))
     offset = rng.integers(last - stride * (count - 1) + 1)
     return offset + stride * rng.permutation(count)

@@ -91,5 +91,8 @@ def show(texts, raw):
             heading = f"--- {i + 1} of {len(texts)}\n" if len(texts) > 1 else ""
             pieces = chain([heading.encode()], characters(pieces), [b"\n"])
         for piece in pieces:
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+            if hasattr(sys.stdout, "buffer"):
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+            else:  # a notebook's takes characters only
+                sys.stdout.write(piece.decode("utf-8", "replace"))

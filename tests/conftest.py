@@ -1,5 +1,5 @@
-"""Tests are made of tiny tensors: a second thread costs more to wake than it brings. And where there is no GPU Triton
-interprets its kernels, if it is told so before scan.py imports it."""
+"""Tests are made of tiny tensors: a second thread costs more to wake than it brings. And where there is no GPU that
+Triton compiles for, it interprets its kernels, if it is told so before scan.py imports it."""
 import os
 import signal
 
@@ -10,8 +10,11 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it, and train.py then does
 for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
     signal.signal(getattr(signal, name), signal.SIG_DFL)
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # Triton compiles for it
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
 
 
 @pytest.fixture

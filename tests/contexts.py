@@ -23,7 +23,7 @@ from data.corpus import load_corpus
 from model import LM, Config, load
 from tests.bench import run, tell
 from tests.studies import by_position, window_nats
-from train import evaluate, prediction_loss, script, surprise
+from train import evaluate, keep_memory, prediction_loss, script, surprise
 
 ROOT = Path("out/contexts")
 QUICK = "--data tests/contexts.py --steps 2 --batch_size 2 --seq_len 16"
@@ -271,4 +271,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -1,7 +1,8 @@
 """The figures of assets/: python -m tests.figures [--run out/mamba2]. Needs matplotlib.
 
-Each is drawn from a JSON file of assets/, whose `command` says how it was measured. Those of train.svg and selects.svg
-are written by --run from a trained run, so these figures too can be drawn again without it.
+Each is drawn from a JSON file of assets/, whose `command` says how it was measured, but for two that follow from the
+formulas. Those of a trained run, train.json, selects.json and inside.json, are written by --run, so these figures too
+can be drawn again without it.
 """
 import json
 import math
@@ -12,19 +13,23 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 
 from data.corpus import compressed_bpb, load_corpus
 from data.files import UserError
 from model import load
+from scan import _decays, s4d_init, s4d_kernel
+from tests.look import look
 from train import flag, parse, script
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BEFORE = "import os\n\n\nclass Store:\n    "  # read, but not shown
-LINE = "def load(self, path):  # opens a file\n"  # shown in selects.svg
+LINE = "def load(self, path):  # opens a file\n"  # shown in selects.svg and surprise.svg
+WORDS = "def area(self):\n    return self.width\n"  # shown in masks.svg
 
 matplotlib.use("svg")
 plt.rcParams.update({"svg.hashsalt": "bytestate", "svg.fonttype": "none"})
+READABLE = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
+            "figure.titlesize": 12, "figure.labelsize": 12}  # 700 pixels wide
 
 
 @dataclass
@@ -69,28 +74,36 @@ def training_rows(folder, points=200):
             for table, seconds, bpb in found]
 
 
-@torch.inference_mode()
-def step_sizes(model, layer, text):
-    """dt (nh, l) of a layer of Mamba-2 that reads text: softplus(the last rows of in_proj + dt_bias)."""
-    mixer = model.layers[layer].mixer
-    seen = []
-    hook = mixer.in_proj.register_forward_hook(lambda _, args, out: seen.append(out))
-    model(torch.tensor([list(text)]))
-    hook.remove()
-    dt = seen[0][0, :, -len(mixer.dt_bias):] + mixer.dt_bias  # (l, nh)
-    return F.softplus(dt).T
-
-
 def selection_rows(folder, layer):
     """dt of each byte of LINE, one row per head, the heads that write most first."""
     model, _ = load(folder)
     if model.config.kinds != {"mamba2"} or layer >= len(model.layers):
         raise UserError(f"--run {folder}: selects.svg shows a mamba2 of more than {layer} layers")
-    dt = step_sizes(model, layer, (BEFORE + LINE).encode())[:, len(BEFORE):]
+    dt = look(model, (BEFORE + LINE).encode())[layer].dt[len(BEFORE):].T  # (nh, l)
     rows = []
     for head in dt.mean(1).argsort(descending=True).tolist():
         sizes = [round(size, 4) for size in dt[head].tolist()]
         rows.append({"text": LINE, "layer": layer, "head": head, "dt": sizes})
+    return rows
+
+
+@torch.no_grad()
+def inside_rows(folder, wanted=(1, 4, 170)):
+    """dt A of WORDS' bytes for the heads whose half-life is nearest to those wanted, and the surprise of LINE's."""
+    model, _ = load(folder)
+    layers = look(model, (BEFORE + WORDS).encode())
+    half = torch.stack([layer.half_life for layer in layers])  # (layers, nh)
+    rows = []
+    for target in wanted:
+        i, head = divmod(int((half / target).log().abs().argmin()), half.shape[1])
+        log_a = layers[i].dt[len(BEFORE):, head] * layers[i].A[head]
+        rows.append({"table": "mask", "text": WORDS, "layer": i, "head": head,
+                     "half_life": round(float(half[i, head]), 2),
+                     "log_a": [round(number, 5) for number in log_a.tolist()]})
+    read = torch.tensor([list((BEFORE + LINE).encode())])
+    log_p = torch.log_softmax(model(read)[0][0, :-1], -1)  # (l - 1, v)
+    bits = -log_p.gather(1, read[0, 1:, None])[-len(LINE):, 0] / math.log(2)
+    rows.append({"table": "surprise", "text": LINE, "bits": [round(b, 3) for b in bits.tolist()]})
     return rows
 
 
@@ -211,11 +224,15 @@ def training():
     save(figure, "train.svg")
 
 
+def visible(text):
+    return text.replace("\n", "\u21b5").replace(" ", "\u00b7")
+
+
 def selects():
     """dt per byte and head: how much of a byte a head writes into its state."""
     rows = measured("selects")
     figure, axes = axes_of(7, 3.4)
-    text = rows[0]["text"].replace("\n", "\u21b5").replace(" ", "\u00b7")
+    text = visible(rows[0]["text"])
     sizes = [row["dt"] for row in rows]
     image = axes.imshow(sizes, cmap="Greys", norm="log", aspect="auto", interpolation="nearest")
     image.set_clim(0.01, 1)
@@ -229,6 +246,69 @@ def selects():
     save(figure, "selects.svg")
 
 
+def masks():
+    """L of three heads of Mamba-2: attention's triangle, faded by the decays of all bytes between."""
+    rows = measured("inside", table="mask")
+    text = rows[0]["text"]
+    starts = [i for i in range(len(text)) if text[i] != " " and (i == 0 or text[i - 1] in " .\n(")]
+    words = [visible(text[i:j]) for i, j in zip(starts, [*starts[1:], len(text)])]
+    figure, panels = plt.subplots(1, 3, figsize=(7, 2.8), sharey=True, layout="constrained")
+    for axes, row in zip(panels, rows):
+        axes.imshow(_decays(torch.tensor(row["log_a"])), cmap="Greys", interpolation="nearest")
+        axes.set_title(f"half-life {row['half_life']:.1f} bytes")
+        axes.set_yticks(starts, words, family="monospace")
+        axes.set_xticks(starts, [word[0] for word in words], family="monospace")
+        axes.tick_params(length=0)
+    figure.supxlabel("dark: this earlier byte is still in the state")
+    save(figure, "masks.svg")
+
+
+def surprise():
+    """Bits per byte along a line."""
+    row, = measured("inside", table="surprise")
+    figure, axes = axes_of(7, 2.6)
+    axes.grid(False, axis="x")
+    places = range(len(row["bits"]))
+    axes.bar(places, row["bits"])
+    axes.set_xticks(places, visible(row["text"]), family="monospace")
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("bits")
+    axes.set_title("surprise of each byte: words begin, the rest follows")
+    save(figure, "surprise.svg")
+
+
+def forgetting():
+    """exp(-dt t), the share of a byte that is left after t others where A is -1."""
+    figure, axes = axes_of(7, 3)
+    t = torch.arange(0, 201)
+    for dt in (1, 0.1, 0.01, 0.001):
+        left = torch.exp(-dt * t)
+        axes.plot(t, left, linewidth=2.5)
+        place = {1: 4, 0.1: 14}.get(dt, 200)
+        axes.annotate(f"dt {dt:g}", (place, left[place]), (6, 6), textcoords="offset points")
+    axes.set_xlim(0, 225)
+    axes.set_xlabel("bytes since")
+    axes.set_ylabel("left of it")
+    axes.set_title("a byte fades with exp(-dt t): small steps remember")
+    save(figure, "forgetting.svg")
+
+
+def kernels(l=300, n=64):
+    """A kernel of each of S4D's initializations, with one random C for all and dt 0.01."""
+    C = 2 * torch.randn(1, n // 2, dtype=torch.complex128, generator=torch.manual_seed(1))
+    figure, panels = plt.subplots(2, 2, figsize=(7, 3.8), sharex=True, layout="constrained")
+    for axes, rule in zip(panels.flat, ("legs", "inv", "lin", "real")):
+        A, B = s4d_init(rule, n)
+        dt = torch.tensor([0.01], dtype=torch.float64)
+        axes.plot(s4d_kernel(dt, A[None], B[None], C, l)[0], linewidth=2)
+        axes.set_title(rule)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.supxlabel("bytes ago")
+    figure.suptitle("kernels of S4D: only the real one, Mamba's, does not swing")
+    save(figure, "kernels.svg")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The command line
 
@@ -240,8 +320,12 @@ def main(argv):
     if c.run:
         write("train", argv, training_rows(Path(c.run)))
         write("selects", argv, selection_rows(Path(c.run), c.layer))
+        write("inside", argv, inside_rows(Path(c.run)))
     for figure in (training, selects, learning, holding, speed, speculation):
         figure()
+    with plt.rc_context(READABLE):
+        for figure in (masks, surprise, forgetting, kernels):
+            figure()
     return 0
 
 

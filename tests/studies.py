@@ -35,7 +35,7 @@ from sample import prefill
 from tests.bench import (Cell, compare, kinds_of_memory, our_config, run, tell, train_once,
                          write_after)
 from tests.noise import corrupt
-from train import evaluate, make_optimizer, prediction_loss, script
+from train import evaluate, keep_memory, make_optimizer, prediction_loss, script
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Selection
@@ -432,4 +432,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import Code
+from conftest import Code, needs_pipes
 from data.files import UserError
 from data.tensors import read_safetensors
 from model import Config, load, make_model, save
@@ -414,6 +414,7 @@ def test_shapes_and_names_that_no_tensor_has_are_one_line(tmp_path):
         failure(tmp_path / "x.safetensors")
 
 
+@needs_pipes
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.safetensors.index.json"])
 def test_no_pipe_is_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)

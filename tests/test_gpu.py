@@ -3,12 +3,13 @@ import functools
 
 import pytest
 import torch
+from conftest import GPU
 
 from model import LM, Config
 from sample import capture_step, prefill
 from scan import SCANS, SELECTIVE_SCANS, SSDS, scan, selective_scan, ssd
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+pytestmark = pytest.mark.skipif(not GPU, reason="no CUDA GPU of compute capability 8.0 or higher")
 # where there are several, not the current one
 on_gpu = pytest.mark.parametrize("device", [f"cuda:{max(1, torch.cuda.device_count()) - 1}"])
 every_length = pytest.mark.parametrize("l", [1, 2, 3, 7, 8, 31, 64, 100, 257, 1000])

@@ -29,7 +29,7 @@ def commands(script):
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
-    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run"}  # --local: hf's --local-dir
+    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run", "--text"}  # --local: hf's --local-dir
     assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", BOTH)} <= known
 
 
@@ -59,7 +59,7 @@ def test_the_front_page_is_short_and_its_python_runs():
 
 
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
-def test_training_commands_run(args, tmp_path, monkeypatch):
+def test_training_commands_run(args, tmp_path):
     """Each with sizes cut down, on a small file in place of its corpus."""
     text = tmp_path / "me.txt"
     text.write_bytes(os.urandom(50) * 40)
@@ -76,7 +76,6 @@ def test_training_commands_run(args, tmp_path, monkeypatch):
     if changing:  # these need a run to go on with
         assert train.main([x for k, v in small.items() for x in ("--" + k, str(v))]) == 0
         small = {k: v for k, v in small.items() if k in ("out", "steps", "data")} | {"steps": 3}
-    monkeypatch.setattr(train, "keep_memory", lambda: None)
     cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
     assert train.main([a for a in args if a != "--compile"] + cut) == 0
 

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import io
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -350,6 +351,22 @@ def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
     refused(capsys, ["--ckpt", tmp_path / "cut.pt"], "cut.pt", "cut short")
     (tmp_path / "text.pt").write_text("hello")
     refused(capsys, ["--ckpt", tmp_path / "text.pt"], "text.pt", "not a checkpoint")
+
+
+def test_a_notebook_shows_the_same_text(runs, monkeypatch, capsysbinary):
+    """Its sys.stdout takes characters and has no buffer for bytes."""
+    for flags in (["--bytes", 30], ["--bytes", 9, "--batch", 2], ["--bytes", 9, "--raw"]):
+        flags = ["--ckpt", runs / "mamba2", "--prompt", "d\u00e9f ", *flags]
+        text = written(capsysbinary, *flags).decode(errors="replace")
+        assert text.startswith(("d\u00e9f ", "--- 1 of 2\nd\u00e9f "))
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", io.StringIO())
+            assert main([*map(str, flags), "--device", "cpu"]) == 0
+            shown = sys.stdout.getvalue()
+        if "--raw" in flags:  # a byte that is no character of its own is U+FFFD
+            assert shown.startswith("d\u00e9f ") and len(shown) == 4 + 9
+        else:
+            assert shown == text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")

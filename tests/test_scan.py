@@ -1,9 +1,11 @@
 """scan.py against its definition: every path, every length, values and gradients, in float64."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import scan as module
 from dense import discretize_dense
 from scan import SCANS, SELECTIVE_SCANS, discretize, scan, selective_scan
 
@@ -250,6 +252,22 @@ def test_selective_scan_names_the_misshapen_input():
     x, dt, A, B, C, D, h0 = inputs(7)
     with pytest.raises(ValueError, match=r"B has shape \(2, 6, 5\), expected \(b = 2, l = 7, n = 5\)"):
         selective_scan(x, dt, A, B[:, :6], C)
+
+
+def test_kernels_are_for_gpus_of_compute_capability_8_and_auto_knows(monkeypatch):
+    """On an older GPU auto takes the path of a CPU; by name the kernels are an error that says why and the way out."""
+    x = torch.rand(2, 7, 3)
+    inputs = x, x, -torch.rand(3, 5), torch.rand(2, 7, 5), torch.rand(2, 7, 5)
+    want = selective_scan(*inputs, impl="chunked")[0]
+    monkeypatch.setattr(module, "triton", SimpleNamespace(JITFunction=object))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert torch.equal(selective_scan(*inputs)[0], want)
+    with pytest.raises(RuntimeError, match='impl="triton" cannot run: .* 8.0 .*; use impl="chunked"$'):
+        selective_scan(*inputs, impl="triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(module, "_selective_triton", lambda *tensors: ("kernels", None))
+    assert selective_scan(*inputs)[0] == "kernels"
 
 
 def test_complex_numbers_are_refused_where_gradients_are_real():

@@ -1,14 +1,17 @@
 """train.py: what is decayed, exact resume, how validation counts, schedules, and every bad input as one line."""
+import ctypes
 import dataclasses
 import io
 import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ import torch.nn as nn
 import distill
 import sample
 import train
+from conftest import needs_pipes
 from model import ENCODER_MIXERS, LM, MIXERS, Config, load
 from train import Flags, evaluate, learning_rate, make_optimizer, parameter_groups, prediction_loss
 
@@ -382,7 +386,7 @@ def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, ca
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     whole = go(corpus, tmp_path / "whole", *extra)
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        at_step(patch, 3, lambda: signal.raise_signal(number))
         capsys.readouterr()
         assert train.main(argv(corpus, tmp_path / "parts", *extra)) == 128 + number
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -405,8 +409,8 @@ def test_a_second_signal_exits_at_once_unless_it_comes_with_the_first(apart, cor
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(ticks)))
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
     at_step(monkeypatch, 1, twice)
     if apart < 1:
@@ -420,9 +424,40 @@ def test_a_second_signal_exits_at_once_unless_it_comes_with_the_first(apart, cor
 
 
 def test_ctrl_c_before_training_is_one_line(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_corpus", lambda name: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(train, "load_corpus", lambda name: signal.raise_signal(signal.SIGINT))
     assert train.main(argv(corpus, tmp_path / "run")) == 130
     assert capsys.readouterr().err == "stopped\n" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", [train, distill])
+def test_main_leaves_no_handler_allocator_setting_or_thread_count_behind(program, corpus, tmp_path, monkeypatch):
+    """In a notebook, where main([...]) is called; the allocator is set by a script that is the program."""
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)  # as on Windows
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name) or SimpleNamespace())
+    handlers = [signal.getsignal(s) for s in sorted(signal.valid_signals())]
+    threads = torch.get_num_threads()
+    flags = argv(corpus, tmp_path / "teacher", "--layer", "attention", "--n_layer", 2)
+    assert train.main(flags) == 0
+    if program is distill:
+        flags = ["--teacher", tmp_path / "teacher", "--out", tmp_path / "student", "--data", corpus, "--steps", 2,
+                 "--seq_len", 16, "--batch_size", 4, "--device", "cpu", "--keep_attention", 0.5]
+        assert distill.main([*map(str, flags)]) == 0
+    assert asked == [] and torch.get_num_threads() == threads
+    assert [signal.getsignal(s) for s in sorted(signal.valid_signals())] == handlers
+    monkeypatch.setattr(sys, "argv", ["name", "-h"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(program.__file__, run_name="__main__")
+    assert asked == ["libc.so.6"]
+
+
+def test_training_works_in_a_thread(corpus, tmp_path):
+    """Where Python allows no signal handlers; some notebooks and every web app run main there."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, argv(corpus, tmp_path / "run")).result() == 0
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert losses(read_log(tmp_path / "run")) == losses(go(corpus, tmp_path / "same"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval_every", 2]])
@@ -431,7 +466,7 @@ def test_a_signal_during_validation_loses_nothing(flags, corpus, tmp_path, monke
     whole = go(corpus, tmp_path / "whole", *flags)
 
     def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -454,7 +489,7 @@ def test_a_signal_while_process_0_validates_stops_all_at_the_same_step(corpus, t
         all_reduce=alike, barrier=lambda: None, destroy_process_group=lambda: None))
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(train, "evaluate",
-                        lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT) or evaluate(*args, **kwargs))
+                        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or evaluate(*args, **kwargs))
     assert train.main(argv(corpus, tmp_path / "run", "--layer", "attention", "--eval_every", 2)) == 130
     assert load(tmp_path / "run" / "last.pt")[1]["step"] == 3
     assert [(line["step"], line["val_bpb"] is None) for line in read_log(tmp_path / "run")] == [
@@ -469,7 +504,7 @@ def test_a_validation_that_was_logged_but_not_saved_is_logged_once(corpus, tmp_p
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_step(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
         assert train.main(flags) == 130
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "save", crash)
@@ -566,6 +601,7 @@ def test_a_run_knows_what_it_has_read(corpus, tmp_path, capsys):
     assert not (tmp_path / "texts" / "run").exists()
 
 
+@pytest.mark.skipif(not train.fcntl, reason="on Windows nothing claims a folder")
 def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
     """And what a crash left half-written there goes."""
     (tmp_path / "run").mkdir()
@@ -578,8 +614,9 @@ def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
     os.close(train.claim(tmp_path / "run"))  # a run that has ended holds nothing
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_saves_the_run(corpus, tmp_path, monkeypatch):
-    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
     assert train.main(argv(corpus, tmp_path / "run")) == 129
     assert load(tmp_path / "run" / "last.pt")[1]["step"] == 2
 
@@ -588,7 +625,7 @@ def test_a_closed_terminal_saves_the_run(corpus, tmp_path, monkeypatch):
 def test_ctrl_c_outside_the_loop_is_one_line(name, corpus, tmp_path, monkeypatch, capsys):
     go(corpus, tmp_path / "run")
     capsys.readouterr()
-    monkeypatch.setattr(train, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(train, name, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     flags = ["--out", str(tmp_path / "run"), "--eval_only"]
     assert train.main(flags if name == "evaluate" else argv(corpus, tmp_path / "new", "--bpe", 3)) == 130
     assert capsys.readouterr().err == "stopped\n"
@@ -614,6 +651,7 @@ def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
     refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "its state is that of no run of this model")
 
 
+@needs_pipes
 def test_a_log_that_is_a_pipe_is_not_waited_for(corpus, tmp_path):
     go(corpus, tmp_path / "run")
     (tmp_path / "run" / "log.jsonl").unlink()
@@ -705,6 +743,18 @@ def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys)
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_auto_never_takes_bfloat16_where_a_gpu_only_emulates_it(monkeypatch):
+    """Compute capability 7.5 and below: float32 without autocast. --dtype bfloat16 is still obeyed."""
+    gpu = torch.device("cuda", 1)
+    for capability, narrow in (((7, 5), False), ((6, 1), False), ((8, 0), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {gpu: capability}.get)
+        dtype, cast = train.pick_dtype("auto", gpu)
+        assert dtype == torch.float32 and isinstance(cast, torch.autocast) == narrow
+        assert isinstance(train.pick_dtype("bfloat16", gpu)[1], torch.autocast)
+    assert not isinstance(train.pick_dtype("auto", torch.device("cpu"))[1], torch.autocast)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import GPU
 
 import scan as module
 from scan import selective_scan
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if GPU else "cpu"
 if DEVICE == "cpu" and isinstance(module._walk, triton.JITFunction):
     pytest.skip("no GPU, and TRITON_INTERPRET=1 was not set first", allow_module_level=True)
 
