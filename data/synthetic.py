@@ -18,7 +18,7 @@ from data.files import UserError
 NO_TARGET = -100  # the target of a byte that nobody has to predict
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
 NOISE, COPY, MARK = b".=#"
-KEYS = np.arange(33, 97)  # of recall: "!" to "`"
+KEYS = np.arange(64, 96)  # of recall: "@", "A" to "_"
 
 
 def generator(name, length, seed, step):

@@ -342,11 +342,11 @@ def study_distill(c):
 HOLDERS = ("s4d", "mamba", "mamba2", "mamba3", "attention", "mamba2,attention")
 RATES = (2e-3, 4e-3, 8e-3)
 SIZES = (4, 8, 16, 32)  # n of Mamba-2, in recall; all other runs have 16
-TASK_FLAGS = {"parity": "--seq_len 64 --batch_size 8 --steps 800",
-              "recall": "--seq_len 32 --batch_size 16 --steps 1500",
-              "induction": "--seq_len 32 --batch_size 16 --steps 1000",
+TASK_FLAGS = {"parity": "--seq_len 96 --batch_size 8 --steps 800",
+              "recall": "--seq_len 64 --batch_size 8 --steps 2000",
+              "induction": "--seq_len 32 --batch_size 16 --steps 800",
               "selective_copy": "--seq_len 64 --batch_size 8 --steps 1500"}
-PAIRS = (1, 2, 4, 6, 8)  # recall is trained with 1 to a quarter of its length
+PAIRS = (1, 2, 4, 8, 16)  # recall is trained with 1 to a quarter of its length
 
 
 def state_runs(root, quick):
