@@ -72,13 +72,16 @@ def keeps_attention(i, share):
     return int((i + 1) * share + 1e-9) > int(i * share + 1e-9)
 
 
-def student_config(c, share):
-    """The Config c with Mamba-2 where attention is not kept, in the sizes that the map wants."""
+def student_config(c, share, mixers):
+    """The Config c with Mamba-2 where attention is not kept, in the sizes that the map wants. A hybrid keeps its own,
+    since a Config has one size for all layers: where they differ from the map's, new mixers have to be random."""
     size = c.d_model // c.n_head
     shape = {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head}
     new = dataclasses.replace(c, **shape)
-    require(new == c or c.kinds == {"attention"}, "there are state-space layers of other sizes "
-            f"than {shape}; choose another --student or --teacher")
+    if c.kinds != {"attention"}:
+        require(new == c or mixers != "attention", "there are state-space layers of other sizes "
+                f"than {shape}; add --mixers random")
+        new = c
     layers = [name if keeps_attention(i, share) else name.replace("attention", "mamba2")
               for i, name in enumerate(c.layers)]
     return dataclasses.replace(new, layers=layers)
@@ -124,7 +127,7 @@ def within(layers):
 
 def make_student(source, share, mixers):
     """source with attention replaced where it is not kept: its weights wherever they fit, unless mixers is scratch."""
-    student = LM(student_config(source.config, share)).to(source.embedding.weight)
+    student = LM(student_config(source.config, share, mixers)).to(source.embedding.weight)
     if mixers != "scratch":
         new = replaced(student, source)
         weights = source.state_dict().items()
@@ -163,7 +166,8 @@ def inventory(student, new, mixers):
         mapped = 0  # numbers that the map sets
         if ".mixer." in name:
             i = int(name.split(".")[1])
-            part = "attention" if is_attention(student.config.layers[i]) else REST
+            kind = student.config.layers[i].removesuffix("+mlp")
+            part = REST if kind == "mamba2" else kind
             if part == REST and "in_proj" in name:
                 mapped = sum(student.layers[i].mixer.conv_parts) * p.shape[1]
             elif part == REST and "out_proj" in name:

@@ -756,8 +756,8 @@ class Flags(RunFlags):
     objective: str = flag("next", "next byte; an encoder learns mask, 15 % of the bytes "
                           "from both sides, or diffusion", one_of=OBJECTIVES, fixed=True)
     layer: str = flag("", f"the mixer of every layer: {', '.join(MIXERS)} (default mamba2); "
-                      f"of an encoder {', '.join(ENCODER_MIXERS)} (default s4d)",
-                      one_of=("", *MIXERS), fixed=True)
+                      f"of an encoder {', '.join(ENCODER_MIXERS)} (default s4d); "
+                      "a,b,c takes turns: a hybrid", fixed=True)
     block: str = flag("", f"of an encoder: {', '.join(BLOCKS)}", one_of=("", *BLOCKS), fixed=True)
     bpe: int = flag(0, "byte-pair merges: tokens are words, for sample.py --draft", fixed=True)
     span: int = flag(1, "mask: bytes are masked in runs of so many", low=1)
@@ -765,7 +765,8 @@ class Flags(RunFlags):
     init: str = flag("", "begin with a checkpoint's weights, in whose sizes", fixed=True)
     d_model: int = flag(192, "width", low=1, fixed=True)
     n_layer: int = flag(3, "layers", low=1, high=1000, fixed=True)
-    d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}", fixed=True)
+    d_state: int = flag(0, f"state size n; 0 is the mixer's own: {D_STATE}, of a hybrid the "
+                        "smallest of theirs", fixed=True)
     head_dim: int = flag(32, "mamba2, mamba3: channels per head", low=1, fixed=True)
     n_head: int = flag(4, "attention: heads", low=1, fixed=True)
     dropout: float = flag(0.0, "on layers' outputs, or an encoder's input", high=0.99, fixed=True)
@@ -779,8 +780,13 @@ class Flags(RunFlags):
         require(not encoder or self.data not in TASKS,
                 f"--data {self.data} has its own targets; leave out --objective")
         self.layer = self.layer or ("s4d" if encoder else "mamba2")
+        require_type("--layer", self.layer, str)
+        known = ENCODER_MIXERS if encoder else MIXERS
+        for kind in self.layer.split(","):
+            require(kind in known, f"--layer {kind or '(nothing)'} is not one of {', '.join(known)}")
         self.block = self.block or ("gated" if encoder else "")
-        self.out = self.out or f"out/{self.objective if encoder else self.layer}"
+        name = self.objective if encoder else self.layer.replace(",", "+")
+        self.out = self.out or f"out/{name}"
 
 
 def load_data(c):
@@ -797,16 +803,24 @@ def load_data(c):
 
 
 def make_config(c, merges=()):
-    """The model's shape by the flags: layers all alike, SwiGLU beside attention only, the head untied as in MambaByte.
-    An encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes."""
+    """The model's shape by the flags: the kinds of --layer in turn, SwiGLU beside attention only, attention's window
+    that of training, the head untied as in MambaByte.
+
+    A hybrid has one n for all its layers, the smallest of their own: none then costs more than it does alone. An encoder
+    has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
+    """
+    kinds = c.layer.split(",")
+    require(len(kinds) <= c.n_layer, f"--layer {c.layer} names {len(kinds)} layers, more than "
+            f"--n_layer {c.n_layer}")
+    layers = [kinds[i % len(kinds)] for i in range(c.n_layer)]
     shape = {"d_model": c.d_model, "n_head": c.n_head, "n_kv_head": c.n_head, "dropout": c.dropout}
     if c.objective != "next":
-        return Config(layers=(c.layer,) * c.n_layer, block=c.block, vocab=MASK + 1, expand=3,
+        return Config(layers=layers, block=c.block, vocab=MASK + 1, expand=3,
                       norm="layer", norm_eps=1e-12, d_state=c.d_state or 64, **shape)
-    layer = "attention+mlp" if c.layer == "attention" else c.layer
-    return Config(layers=(layer,) * c.n_layer, window=c.seq_len if c.layer == "attention" else 0,
-                  vocab=256 + len(merges), merges=merges, tie=False, head_dim=c.head_dim,
-                  d_state=c.d_state or D_STATE.get(c.layer, 16), **shape)
+    own = min((D_STATE[kind] for kind in kinds if kind in D_STATE), default=16)
+    return Config(layers=["attention+mlp" if kind == "attention" else kind for kind in layers],
+                  window=c.seq_len if "attention" in layers else 0, vocab=256 + len(merges),
+                  merges=merges, tie=False, head_dim=c.head_dim, d_state=c.d_state or own, **shape)
 
 
 def check_model(path, config, c, given):

@@ -1,10 +1,15 @@
-"""Two tasks that a layer solves only if it chooses what to remember (Mamba, section 4.1), made in memory.
+"""Four tasks, made in memory, each of them beyond some layer.
 
     selective_copy    ..c....a...f.===     ->  at each = the next letter read: c, a, f
-    induction         kd#gcafe...mbh#      ->  what followed the first #: g
+    induction         kd#gcafejkmbh#       ->  what followed the first #: g
+    parity            01101                ->  at each place, whether the ones so far are odd: 0, 1, 0, 0, 1
+    recall            QcAhMcAMAQ           ->  after the pairs Qc, Ah, Mc, at each key its value: h, c, h, c
 
-A convolution weighs a letter by how long ago it was, and here that says nothing: the letters lie anywhere, and the dots
-or letters between have to pass without a trace.
+The first two (Mamba, section 4.1) want a layer that chooses what to remember. A convolution weighs a letter by how long
+ago it was, and here that says nothing: the letters lie anywhere, and the dots or letters between have to pass without a
+trace. Parity wants a state that each one turns over: with factors from 0 to 1 in h_t = a_t h_{t-1} + b_t it can only
+forget, and no number of layers counts modulo 2 at every length (Grazzi et al. 2411.12537). Recall, the MQAR of Zoology
+(Arora et al. 2312.04927), wants room for all pairs at once.
 """
 import numpy as np
 
@@ -13,6 +18,7 @@ from data.files import UserError
 NO_TARGET = -100  # the target of a byte that nobody has to predict
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
 NOISE, COPY, MARK = b".=#"
+KEYS = np.arange(64, 96)  # of recall: "@", "A" to "_"
 
 
 def generator(name, length, seed, step):
@@ -57,4 +63,34 @@ def induction(length, batch, seed, step):
     return tokens, targets
 
 
-TASKS = {"selective_copy": selective_copy, "induction": induction}
+def parity(length, batch, seed, step):
+    """Random bits; the target at every place is 1 if the ones up to it, itself included, are odd, and else 0.
+
+    tokens, targets (batch, length), of the bytes "0" and "1".
+    """
+    rng = generator("parity", length, seed, step)
+    bits = rng.integers(2, size=(batch, length))
+    return ord("0") + bits, ord("0") + bits.cumsum(1) % 2
+
+
+def recall(length, batch, seed, step, pairs=0):
+    """Pairs of a key and its value, then queries: any of the keys, whose targets are their values.
+
+    tokens, targets (batch, length). The keys of a window differ, so no answer is ambiguous. Every window has so many
+    pairs, or with 0 a number of its own from 1 to length / 4, whose small ones are learnt first and teach the others.
+    """
+    rng = generator("recall", length, seed, step)
+    most = pairs or min(max(length // 4, 1), len(KEYS))
+    keys = rng.permuted(np.tile(KEYS, (batch, 1)), axis=1)
+    values = rng.choice(LETTERS, keys.shape)
+    count = np.full((batch, 1), pairs) if pairs else rng.integers(1, most + 1, (batch, 1))
+    asked = rng.integers(count, size=(batch, length))
+    place = np.arange(length)
+    told = place < 2 * count  # (batch, length)
+    pair = np.where(told, place // 2, asked)
+    key, value = (np.take_along_axis(t, pair, axis=1).astype(np.int64) for t in (keys, values))
+    tokens = np.where(told & (place % 2 == 1), value, key)
+    return tokens, np.where(told, NO_TARGET, value)
+
+
+TASKS = {task.__name__: task for task in (selective_copy, induction, parity, recall)}

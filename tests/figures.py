@@ -169,6 +169,26 @@ def learning():
          xscale="linear")
 
 
+def holding():
+    """Accuracy by task and layer, each at its best learning rate; recall by number of pairs."""
+    rows = [{**row, "percent": 100 * row["accuracy"]} for row in measured("study_state")]
+    best = {}
+    for row in rows:
+        if row["table"] == "layers":
+            heights = best.setdefault(row["path"], {})
+            heights[row["task"]] = max(heights.get(row["task"], 0), row["percent"])
+    figure, axes = axes_of(8, 3.6)
+    for i, (layer, heights) in enumerate(best.items()):
+        places = [task + (i - 2.5) / 7 for task in range(len(heights))]
+        axes.bar(places, heights.values(), 1 / 7, label=layer)
+    axes.set_xticks(range(len(heights)), [task.replace("_", " ") for task in heights])
+    axes.set(ylabel="right, %", ylim=(0, 100))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save(figure, "state.svg")
+    draw("recall.svg", [row for row in rows if row["table"] == "pairs"], "pairs", "percent",
+         "pairs of a key and its value", "values recalled, %")
+
+
 def speculation():
     rows = []
     for row in measured("bench_speculate", table="speculation"):
@@ -301,7 +321,7 @@ def main(argv):
         write("train", argv, training_rows(Path(c.run)))
         write("selects", argv, selection_rows(Path(c.run), c.layer))
         write("inside", argv, inside_rows(Path(c.run)))
-    for figure in (training, selects, learning, speed, speculation):
+    for figure in (training, selects, learning, holding, speed, speculation):
         figure()
     with plt.rc_context(READABLE):
         for figure in (masks, surprise, forgetting, kernels):

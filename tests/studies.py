@@ -3,6 +3,7 @@
     selection   accuracy on selective copying and induction heads, by length
     robust      bits per byte under noise, and far beyond the training length, of two trained models
     distill     a transformer, its students, and the same students without it: bits per byte, speed, memory
+    state       accuracy of six layers on four tasks, and of recall by number of pairs and state size
 
 Models are runs in folders of their own below out/, which a second call does not train again: after Ctrl-C repeat the
 command. Results go to assets/study_NAME.json. Only distill measures speed, with bench.py's harness.
@@ -10,9 +11,11 @@ command. Results go to assets/study_NAME.json. Only distill measures speed, with
 import dataclasses
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,8 @@ from tqdm import tqdm
 import distill
 import train
 from data.corpus import load_corpus
-from data.synthetic import NO_TARGET, TASKS
+from data.files import require
+from data.synthetic import NO_TARGET, TASKS, recall
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, Config, load
 from sample import prefill
@@ -49,7 +53,7 @@ def selection_runs(root, quick):
              "induction": "--seq_len 32 --batch_size 64"}
     long = {"selective_copy": "--lr 5e-3 --steps 800", "induction": "--lr 2e-3 --steps 300"}
     runs = []
-    for task in TASKS:
+    for task in short:
         for layer in ("mamba", "s4d"):
             first = root / f"{task}_{layer}_short"
             flags = f"--data {task} --layer {layer} {shape} {short[task]} --lr 5e-3 --steps 800"
@@ -333,9 +337,93 @@ def study_distill(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The command line
+# 5. State: what layers of one size can hold
 
-STUDIES = {"selection": study_selection, "robust": study_robust, "distill": study_distill}
+HOLDERS = ("s4d", "mamba", "mamba2", "mamba3", "attention", "mamba2,attention")
+RATES = (2e-3, 4e-3, 8e-3)
+SIZES = (4, 8, 16, 32)  # n of Mamba-2, in recall; all other runs have 16
+TASK_FLAGS = {"parity": "--seq_len 96 --batch_size 8 --steps 800",
+              "recall": "--seq_len 64 --batch_size 8 --steps 2000",
+              "induction": "--seq_len 32 --batch_size 16 --steps 800",
+              "selective_copy": "--seq_len 64 --batch_size 8 --steps 1500"}
+PAIRS = (1, 2, 4, 8, 16)  # recall is trained with 1 to a quarter of its length
+
+
+def state_runs(root, quick):
+    """{(task, layer, n): {rate: (folder, flags)}} of every run."""
+    cells = [(task, layer, 16) for task in TASK_FLAGS for layer in HOLDERS]
+    cells += [("recall", "mamba2", n) for n in SIZES if n != 16]
+    shape = "--n_layer 2 --d_model 64 --head_dim 16 --device cpu --dtype float32"
+    steps = "--steps 2 --batch_size 2" if quick else ""
+    runs = {}
+    for task, layer, n in cells:
+        for lr in RATES:
+            flags = f"--data {task} --layer {layer} --d_state {n} {shape} {TASK_FLAGS[task]}"
+            folder = root / f"{task}_{layer.replace(',', '+')}_{n}_{lr:g}"
+            runs.setdefault((task, layer, n), {})[lr] = folder, f"{flags} --lr {lr} {steps}"
+    return runs
+
+
+def train_all(runs, log):
+    """In a process of its own, with one thread: the runs in turn. What they say goes to the file log."""
+    torch.set_num_threads(1)
+    for folder, flags in runs:
+        with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            train_once(folder, flags)
+        print(f"  {folder} has ended", flush=True)
+
+
+def train_by_two(runs, root):
+    """Two runs at a time, since models this small have no use for a second thread."""
+    root.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn").Process
+    processes = [spawn(target=train_all, args=(runs[i::2], root / f"log{i}.txt")) for i in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    require(not any(process.exitcode for process in processes), f"a run failed: see {root}/log*.txt")
+
+
+@torch.inference_mode()
+def score(model, tokens, targets):
+    """Share of the targets guessed right, in all of the window and in its last quarter."""
+    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
+    hits = model(tokens, upto=0)[0].argmax(-1) == targets
+    late = tokens.shape[1] * 3 // 4
+    return {name: (hits[:, first:].sum() / (targets[:, first:] != NO_TARGET).sum()).item()
+            for name, first in (("accuracy", 0), ("last_quarter", late))}
+
+
+def study_state(c):
+    """Two layers of width 64, each task with three learning rates; recall also by number of pairs, at the best rate."""
+    root = Path("out/state_quick" if c.quick else "out/state")
+    runs = state_runs(root, c.quick)
+    train_by_two([run for cell in runs.values() for run in cell.values()], root)
+    rows = []
+    for (task, layer, n), cell in runs.items():
+        found = []
+        for lr, (folder, _) in cell.items():
+            model, extra = load(folder)
+            length = extra["flags"]["seq_len"]
+            found.append({"table": "layers" if n == 16 else "sizes", "path": layer, "task": task,
+                          "n": n, "lr": lr, "steps": extra["step"], "length": length,
+                          **score(model, *TASKS[task](length, 512, 2**63, 0))})
+        rows += tell(found)
+        if task == "recall" and layer in ("mamba2", "mamba2,attention"):
+            best = max(found, key=lambda row: row["accuracy"])["lr"]
+            model, _ = load(cell[best][0])
+            rows += tell([{"table": "pairs", "path": f"{layer}, n = {n}", "pairs": pairs, "lr": best,
+                           **score(model, *recall(length, 512, 2**63, 0, pairs))}
+                          for pairs in PAIRS])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The command line
+
+STUDIES = {"selection": study_selection, "robust": study_robust, "distill": study_distill,
+           "state": study_state}
 
 
 @script

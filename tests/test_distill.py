@@ -133,7 +133,7 @@ def test_a_student_from_random_mixers_or_from_scratch_shares_only_what_it_says()
         shared = [k for k in old.keys() & now.keys() if not k.startswith(new)]
         assert shared and all(torch.equal(now[k], old[k]) == same for k in shared)
     torch.manual_seed(7)
-    want = LM(distill.student_config(teacher.config, 0.5)).double().state_dict()
+    want = LM(distill.student_config(teacher.config, 0.5, "attention")).double().state_dict()
     torch.manual_seed(7)
     got = make_student(teacher, 0.5, "scratch").state_dict()
     assert all(torch.equal(got[k], w) for k, w in want.items())

@@ -1,4 +1,4 @@
-"""data/synthetic.py: the tasks of Mamba's section 4.1, and why no convolution solves the first."""
+"""data/synthetic.py: what each task asks for, and why no convolution solves the first."""
 import json
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from data.synthetic import COPY, LETTERS, MARK, NO_TARGET, NOISE, induction, selective_copy
+from data.synthetic import COPY, KEYS, LETTERS, MARK, NO_TARGET, NOISE, TASKS, induction, parity, recall, selective_copy
 from model import LM, Config
 
 
@@ -33,9 +33,44 @@ def test_induction_asks_for_what_followed_the_mark(length):
     assert set(place) == set(range(length - 2)) if length < 32 else len(set(place)) > 100
 
 
-@pytest.mark.parametrize("task", [selective_copy, induction])
+@pytest.mark.parametrize("length", [3, 31, 256])
+def test_parity_asks_whether_the_ones_so_far_are_odd(length):
+    """At every place (Grazzi et al. 2411.12537), by a loop; bits and answers are as often 1 as 0."""
+    tokens, targets = parity(length, 50, 1, 0)
+    assert tokens.shape == (50, length) and tokens.dtype == targets.dtype == np.int64
+    for row, answer in zip(tokens, targets):
+        odd = 0
+        for bit, want in zip(row, answer):
+            odd ^= bit == ord("1")
+            assert bit in b"01" and want == ord("01"[odd])
+    assert abs((tokens == ord("1")).mean() - 0.5) < 0.1 and abs((targets == ord("1")).mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("length, pairs", [(3, 0), (3, 1), (31, 0), (31, 15), (64, 16), (400, 0), (400, 32)])
+def test_recall_asks_for_the_values_of_keys(length, pairs):
+    """MQAR (Arora et al. 2312.04927), by a loop: the keys of a window differ, and every query is a target. Without a
+    number of pairs, windows have 1 to a quarter of their length."""
+    tokens, targets = recall(length, 100, 1, 0, pairs)
+    assert tokens.shape == (100, length) and tokens.dtype == targets.dtype == np.int64
+    counts = (targets == NO_TARGET).sum(1) // 2
+    for row, answer, count in zip(tokens, targets, counts):
+        value_of = dict(zip(row[0:2 * count:2], row[1:2 * count:2]))
+        assert len(value_of) == count and np.isin(list(value_of), KEYS).all()
+        assert np.isin(list(value_of.values()), LETTERS).all() and (answer[:2 * count] == NO_TARGET).all()
+        assert [value_of[key] for key in row[2 * count:]] == list(answer[2 * count:]) and 2 * count < length
+    most = min(max(length // 4, 1), len(KEYS))
+    assert set(counts) == {pairs} if pairs else counts.min() == 1 and counts.max() > 0.9 * most >= 0.9 * counts.max()
+    asked = {place for row, count in zip(tokens, counts) for place in np.isin(row[:2 * count:2], row[2 * count:]).nonzero()[0]}
+    assert asked == set(range(counts.max()))  # a query may be for the first pair and for the last
+
+
+def test_recalls_keys_are_no_values_and_any_of_them_may_come_first():
+    assert not set(KEYS) & set(LETTERS) and set(recall(9, 2000, 1, 0)[0][:, 0]) == set(KEYS)
+
+
+@pytest.mark.parametrize("task", TASKS.values())
 def test_a_task_is_a_function_of_seed_and_step(task):
-    first, again, other, later = (task(40, 9, *where)[0] for where in ((1, 5), (1, 5), (2, 5), (1, 6)))
+    first, again, other, later = (np.stack(task(40, 9, *where)) for where in ((1, 5), (1, 5), (2, 5), (1, 6)))
     assert np.array_equal(first, again) and not np.array_equal(first, other) and not np.array_equal(first, later)
 
 
@@ -71,7 +106,7 @@ def test_a_task_trains_resumes_and_reports_accuracy(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--data induction --seq_len 2", "windows of at least 3 bytes"),
+    *((f"--data {task} --seq_len 2", f"--data {task} needs windows of at least 3 bytes") for task in TASKS),
     ("--data selective_copy --objective mask", "has its own targets")])
 def test_a_task_refuses_what_it_cannot_be(tmp_path, capsys, flags, message):
     assert train.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()]) == 2

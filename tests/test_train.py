@@ -252,6 +252,53 @@ def test_a_run_logs_every_step_and_ends_with_a_validation(layer, corpus, tmp_pat
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in out and "<00:00  step 4 | " in bar
 
 
+def test_a_hybrids_layers_take_turns_and_share_one_state_size():
+    """One rule for all: SwiGLU beside attention only, attention's window that of training, the smallest of the kinds'
+    own n. A list of one kind is that kind."""
+    def shape(layer, **flags):
+        c = train.make_config(Flags(layer=layer, seq_len=50, **flags))
+        return c.layers, c.window, c.d_state
+
+    turns = ("mamba2", "mamba2", "attention+mlp")
+    assert shape("mamba2,mamba2,attention", n_layer=7) == (turns + turns + turns[:1], 50, train.D_STATE["mamba2"])
+    assert shape("s4d,mamba") == shape("s4d,mamba", d_state=16) == (("s4d", "mamba", "s4d"), 0, 16)
+    assert shape("s4d,mamba", d_state=6) == (("s4d", "mamba", "s4d"), 0, 6)
+    assert shape("mamba2,mamba2") == shape("mamba2") == (("mamba2",) * 3, 0, train.D_STATE["mamba2"])
+    assert shape("attention", n_layer=2)[:2] == (("attention+mlp",) * 2, 50)
+    encoder = train.make_config(Flags(layer="s4d,attention", objective="mask"))
+    assert (encoder.layers, encoder.d_state) == (("s4d", "attention", "s4d"), 64)
+    assert Flags(layer="mamba2,attention").out == "out/mamba2+attention"
+
+
+def test_whatever_takes_a_model_takes_a_hybrid(corpus, tmp_path, capsys):
+    """Resuming, validating, writing, drafting for itself (the greedy text stays the same), and as the teacher of a
+    student that keeps every state-space layer and replaces attention."""
+    layer = ["--layer", "mamba2,s4d,attention", "--n_layer", 3]
+    run = tmp_path / "run"
+    go(corpus, run, *layer, "--steps", 2)
+    assert train.main(["--out", str(run), "--resume", "--steps", "4"]) == 0
+    log = read_log(run)  # resumed at step 2
+    assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4] and log[-1]["val_bpb_carried"] is None
+    capsys.readouterr()
+    assert train.main(["--out", str(run), "--eval_only", "--device", "cpu"]) == 0
+    assert f"{log[-1]['val_bpb']:.4f}" in capsys.readouterr().out
+    write = ["--ckpt", str(run), "--prompt", "12", "--bytes", "20", "--temperature", "0", "--dtype", "float64"]
+    texts = []
+    for draft in ([], ["--draft", str(run), "--k", "3"]):
+        assert sample.main([*write, "--device", "cpu", *draft]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("12")
+    teach = ["--teacher", run, "--data", corpus, "--out", tmp_path / "student", "--keep_attention", 0, "--steps", 2,
+             "--seq_len", 16, "--batch_size", 4, "--device", "cpu"]
+    refused(capsys, teach, "other sizes", "--mixers random", main=distill.main)
+    assert distill.main([*map(str, teach), "--mixers", "random"]) == 0
+    student, teacher = load(tmp_path / "student")[0], load(run)[0]
+    assert student.config == dataclasses.replace(teacher.config, layers=("mamba2", "s4d", "mamba2+mlp"))
+    encoder = tmp_path / "encoder"
+    go(corpus, encoder, "--layer", "s4d,attention", "--n_layer", 2, "--objective", "mask")
+    assert sample.main(["--ckpt", str(encoder), "--fill", "1__2", "--device", "cpu"]) == 0
+
+
 def test_training_learns(corpus, tmp_path):
     log = go(corpus, tmp_path / "run", "--steps", 60, "--lr", 0.01)
     assert losses(log)[-1] < 0.7 * losses(log)[0]
@@ -330,6 +377,7 @@ def test_eval_only_prints_what_the_log_has_in_the_runs_own_dtype(corpus, tmp_pat
 @pytest.mark.parametrize("layer, number, extra", [
     ("mamba", signal.SIGINT, []), ("mamba2", signal.SIGTERM, ["--dropout", 0.1]),
     ("attention", signal.SIGINT, ["--dropout", 0.1, "--accumulate", 2]),
+    ("mamba2,attention", signal.SIGINT, ["--n_layer", 2]),
     ("mamba2", signal.SIGINT, ["--eval_every", 3]), ("mamba2", signal.SIGINT, ["--eval_every", 2])])
 def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, capsys):
     """Stopped by a signal in the middle and resumed: losses, validations and weights of a run without a stop, bit for
@@ -674,11 +722,14 @@ def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys)
 
 @pytest.mark.parametrize("flags, parts", [
     ("--d_modl 3", ["--d_modl"]), ("--step 3", ["--step"]), ("extra", ["extra"]), ("--steps many", ["--steps", "many"]),
-    ("--layer mamba4", ["mamba3", "mamba2", "attention"]), ("--steps 0", ["--steps 0"]), ("--steps -1", ["--steps -1"]),
+    ("--layer rnn", ["--layer rnn", "mamba2", "attention"]), ("--steps 0", ["--steps 0"]), ("--steps -1", ["--steps -1"]),
     ("--d_model -16", ["--d_model -16"]), ("--n_layer 0", ["--n_layer 0"]), ("--seq_len -5", ["--seq_len -5"]),
     ("--batch_size 0", ["--batch_size 0"]), ("--d_state -1", ["--d_state -1"]), ("--head_dim 0", ["--head_dim 0"]),
     ("--head_dim 7", ["head_dim 7"]), ("--lr nan", ["--lr nan"]), ("--lr -1", ["--lr -1"]),
     ("--minutes inf", ["--minutes"]),
+    ("--layer mamba2,rnn", ["--layer rnn", "mamba2", "attention"]), ("--layer mamba2,", ["--layer (nothing)"]),
+    ("--layer mamba2,attention", ["names 2 layers", "--n_layer 1"]), ("--layer attention+mlp", ["--layer attention+mlp"]),
+    ("--layer mamba,s4d --objective mask", ["--layer mamba", "s4d, attention"]),
     ("--dropout 1", ["--dropout 1"]), ("--layer attention --n_head 3", ["d_model 16", "n_head 3"]),
     ("--layer attention --n_head 0", ["--n_head 0"]), ("--seed -1", ["--seed -1"]),
     ("--seed 99999999999999999999", ["--seed 99999999999999999999"]), ("--grad_clip nan", ["--grad_clip"]),
