@@ -16,6 +16,7 @@ import distill
 import model
 import sample
 import train
+from conftest import close
 from data.corpus import load_tokens
 from distill import align_loss, input_rows, inventory, keeps_attention, make_student, match, replaced
 from model import LM, Config, load
@@ -49,8 +50,8 @@ def test_ssd_without_decay_is_attention_without_softmax(impl, l):
     k_all, v_all = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     want = torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k_all, v_all, torch.ones(l, l, dtype=F64).tril())
     y, h = ssd(v_all, torch.ones(b, l, heads, dtype=F64), torch.zeros(heads, dtype=F64), k_all, q, impl=impl)
-    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(h, torch.einsum("bjhp,bjhn->bhpn", v_all, k_all), rtol=1e-10, atol=1e-10)
+    close(y, want, name="y")
+    close(h, torch.einsum("bjhp,bjhn->bhpn", v_all, k_all), name="h")
 
 
 def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax():
@@ -63,7 +64,17 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
     k, v = (p(x).unflatten(-1, (3, 4)).repeat_interleave(2, dim=2) for p in (attention.k_proj, attention.v_proj))
     causal = torch.ones(11, 11, dtype=F64).tril()
     want = attention.out_proj(torch.einsum("bihn,bjhn,bjhp,ij->bihp", q, k, v, causal).flatten(2))
-    torch.testing.assert_close(mixer.out_proj(y.flatten(2)), want, rtol=1e-10, atol=1e-10)
+    close(mixer.out_proj(y.flatten(2)), want, name="output")
+
+
+def test_new_parts_begin_out_of_the_way():
+    """Unlike in the paper: the convolution is the identity, D = 0, dt = 0.1, so that what was copied speaks first."""
+    mixer = make_student(transformer(), 0, "attention").layers[1].mixer
+    identity = torch.tensor([0.0, 0, 0, 1], dtype=F64).expand_as(mixer.conv1d.weight)
+    close(mixer.conv1d.weight, identity, name="conv1d.weight")
+    close(mixer.conv1d.bias, torch.zeros_like(mixer.conv1d.bias), name="conv1d.bias")
+    close(mixer.D, torch.zeros_like(mixer.D), name="D")
+    close(F.softplus(mixer.dt_bias), torch.full_like(mixer.D, 0.1), 1e-6, "dt")
 
 
 @pytest.mark.parametrize("share, kept", [(0, []), (0.125, [7]), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]),
@@ -88,6 +99,7 @@ def test_replacing_no_layer_leaves_the_logits_identical():
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.75])
 def test_all_but_the_new_parts_equals_the_teacher(share):
+    """The map Q -> C, K -> B, V -> x, O -> out_proj, 3 heads of keys for 6 of queries; the rest stays as it is."""
     teacher = transformer(norm="layer", rope_base=500.0, window=13)
     student = make_student(teacher, share, "attention")
     new = replaced(student, teacher)
@@ -99,13 +111,13 @@ def test_all_but_the_new_parts_equals_the_teacher(share):
         "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight"}
     for i in new:
         attention, mixer = teacher.layers[i].mixer, student.layers[i].mixer
-        assert torch.equal(mixer.out_proj.weight, attention.out_proj.weight)
+        close(mixer.out_proj.weight, attention.out_proj.weight, 0, "out_proj")
         rows = input_rows(mixer)
         assert sum(len(r) for r in rows.values()) == len(mixer.in_proj.weight)
         for name, projection in {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}.items():
             heads = projection.weight.unflatten(0, (-1, 4))
             for head, block in enumerate(rows[name].unflatten(0, (6, 4))):
-                assert torch.equal(block, heads[head * len(heads) // 6])
+                close(block, heads[head * len(heads) // 6], 0, f"{name} of head {head}")
 
 
 def test_a_student_from_random_mixers_or_from_scratch_shares_only_what_it_says():

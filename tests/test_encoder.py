@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from conftest import close
 from data.files import UserError
 from model import (LM, BidirectionalS4D, BiGS, Config, Encoder, SharedS4D, Stacked, load, make_model, save)
 from scan import discretize, scan
@@ -12,10 +13,6 @@ from scan import discretize, scan
 F64 = torch.float64
 KINDS = [(block, layer) for block in ("gated", "stacked") for layer in ("s4d", "attention")]
 every_kind = pytest.mark.parametrize("block, layer", KINDS)
-
-
-def close(actual, expected, tol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def config(block="gated", layer="s4d", **sizes):

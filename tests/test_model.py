@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conftest import Code
+from conftest import Code, close
 from data.files import UserError
 from model import (FORMAT, LM, MLP, Attention, Config, Mamba, Mamba2, causal_conv,
                    init_dt_bias, load, rotate, save)
@@ -27,10 +27,6 @@ KINDS = {"s4": Config(("s4",) * 2, **SIZES),
          "window": Config(("attention+mlp",) * 2, **SIZES, window=5),
          "hybrid": Config(("mamba", "attention+mlp", "mamba2+mlp"), **SIZES, norm="layer", tie=False)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def close(actual, expected, tol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def make(kind, dtype=F64):
@@ -76,8 +72,8 @@ def test_mamba2_has_the_published_shapes():
 # One path: training, prefill and decoding are the same function of different lengths
 
 
-@every_kind
 @pytest.mark.parametrize("cuts", [[1], [2], [3], [12], [22], [1, 2], [3, 6, 7, 8], [5, 10, 20]])
+@every_kind
 def test_any_split_of_a_sequence_gives_the_whole_sequence(kind, cuts):
     """Chunks shorter than the convolution and sequences longer than the window included; the last states agree too."""
     model, x = make(kind), tokens(23)
@@ -86,9 +82,22 @@ def test_any_split_of_a_sequence_gives_the_whole_sequence(kind, cuts):
     for piece in x.tensor_split(cuts, dim=1):
         logits, state = model(piece, state)
         parts.append(logits)
-    close(torch.cat(parts, dim=1), want)
+    close(torch.cat(parts, dim=1), want, name="logits")
     for got, w in zip(tensors_of(state), tensors_of(last), strict=True):
-        close(got, w)
+        close(got, w, name="last state")
+
+
+@pytest.mark.parametrize("upto", [0, 1, 2, 5, 22, 23])
+@every_kind
+def test_the_state_after_a_prefix_has_not_read_the_rest(kind, upto):
+    """What speculation keeps: logits of all positions, the state after the first upto, from the beginning and later."""
+    model, x = make(kind), tokens(23)
+    _, begun = model(tokens(7, seed=2))
+    for before in (None, begun):
+        logits, state = model(x, before, upto)
+        close(logits, model(x, before)[0], name="logits")
+        want = model(x[:, :upto], before)[1] if upto else before
+        close(model(x[:, :4], state)[0], model(x[:, :4], want)[0], name="logits that follow that state")
 
 
 @every_kind
@@ -244,6 +253,7 @@ def test_a_setting_that_cannot_be_is_one_line_with_its_name(changes):
 
 @pytest.mark.parametrize("l", [1, 2, 3, 4, 13])
 def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
+    """As in mamba_simple.py; with a tail before x in the place of zeros, and for x shorter than the convolution too."""
     torch.manual_seed(0)
     b, d, k = 2, 5, 4
     conv = nn.Conv1d(d, d, k, groups=d, dtype=F64)
@@ -251,8 +261,8 @@ def test_causal_conv_is_conv1d_with_padding_on_the_left(l):
     for before in (None, tail):
         y, after = causal_conv(x, conv.weight, conv.bias, before)
         seen = torch.cat([torch.zeros_like(tail) if before is None else tail, x], dim=1)
-        close(y, conv(seen.transpose(1, 2)).transpose(1, 2))
-        assert torch.equal(after, seen[:, l:])
+        close(y, conv(seen.transpose(1, 2)).transpose(1, 2), name="y")
+        close(after, seen[:, l:], 0, "tail")
 
 
 def test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory():
@@ -319,6 +329,26 @@ def test_swiglu():
     close(mlp(x), ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
     assert len(gate) == 32  # 8/3 d_model, rounded up to a multiple of 32
     assert len(MLP(Config(("mamba",), d_model=288)).up_proj.weight) == 768
+
+
+def test_a_mamba_block_spelt_out():
+    """Mamba figure 3 and mamba_simple.py, step by step: which half is the gate, where silu stands, which rows are B."""
+    torch.manual_seed(0)
+    mixer = Mamba(Config(("mamba",), d_model=6, d_state=5)).double()
+    nn.init.normal_(mixer.D)
+    u = torch.randn(2, 9, 6, dtype=F64)
+    x, z = mixer.in_proj(u).split(12, dim=-1)
+    x = F.silu(mixer.conv1d(F.pad(x.mT, (3, 0))).mT)
+    dt, B, C = (x @ mixer.x_proj.weight.T).split([1, 5, 5], dim=-1)
+    dt = F.softplus(dt @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
+    h, ys = torch.zeros(2, 12, 5, dtype=F64), []
+    for t in range(9):
+        a = torch.exp(-dt[:, t, :, None] * mixer.A_log.exp())
+        h = a * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
+        ys.append((h @ C[:, t, :, None])[..., 0] + mixer.D * x[:, t])
+    y, state = mixer(u)
+    close(y, mixer.out_proj(torch.stack(ys, dim=1) * F.silu(z)), name="y")
+    close(state.h, h, name="h")
 
 
 def test_a_mamba2_block_spelt_out():

@@ -29,13 +29,13 @@ def commands(script):
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
-    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run", "--text"}  # --local: hf's --local-dir
+    known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run", "--text", "--mine"}
     assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", BOTH)} <= known
 
 
 def test_every_file_and_test_in_the_readme_exists():
     names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", BOTH))
-    for name in names - {"input.txt", "me.txt", "vocab.txt", "config.json", "before.json"}:
+    for name in names - {"input.txt", "me.txt", "my.py", "vocab.txt", "config.json", "before.json"}:
         assert (ROOT / name).exists(), name
     for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", BOTH)):
         assert f"def {test}(" in (ROOT / file).read_text(), test

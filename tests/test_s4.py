@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from conftest import Operations, all_close, close
 from dense import cauchy_kernel, discretize_dense
 from scan import (dense_kernel, discretize, dplr_legs, dplr_discretize, fft_conv, hippo_legs,
                   legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
@@ -17,10 +18,6 @@ def t64(*values):
 
 def c128(*values):
     return torch.tensor(values, dtype=C128)
-
-
-def close(actual, expected, tol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 # From the differential equation to the convolution
@@ -64,14 +61,25 @@ def test_fft_convolution_is_the_sum_it_stands_for(l):
     x, K, D = torch.randn(2, l, 3, dtype=F64), torch.randn(3, l, dtype=F64), torch.randn(3, dtype=F64)
     for kernel in (K, K[:1]):
         want = torch.stack([(kernel.T[:t + 1].flip(0) * x[:, :t + 1]).sum(1) for t in range(l)], 1) + D * x
-        close(fft_conv(x, kernel, D), want)
+        close(fft_conv(x, kernel, D), want, name="y")
+
+
+def test_fft_convolution_takes_l_log_l_operations():
+    """An FFT of n numbers is one call here; the sum as it is written has l^2 terms, also inside a call of conv1d."""
+    for l in (256, 4096):
+        x, K = torch.randn(1, l, 1), torch.randn(1, l)
+        with Operations() as seen:
+            fft_conv(x, K)
+        numbers = sum(size for _, size in seen.calls)
+        assert numbers <= 30 * l, f"l = {l}: {numbers} numbers"
+        assert "convolution" not in {name for name, _ in seen.calls}
 
 
 def test_fft_convolution_of_bfloat16_is_done_in_float32():
+    """bfloat16 has no FFT, and its sums would lose most of their digits."""
     torch.manual_seed(0)
     x, K = torch.randn(2, 40, 3).bfloat16(), torch.randn(3, 40)
-    y = fft_conv(x, K)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, fft_conv(x.float(), K).bfloat16())
+    close(fft_conv(x, K), fft_conv(x.float(), K).bfloat16(), 0, "y")
 
 
 # HiPPO
@@ -108,6 +116,15 @@ def test_the_modes_of_legs_are_legendre_polynomials():
                     (1.0, t64(0.3678794412, -0.1683707099, -0.3251463048, 0.3408909927))):
         close(torch.linalg.matrix_exp(t * A) @ B, want, 1e-9)
         close(math.exp(-t) * legs_basis(t64(t), 4)[0], want, 1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_first_modes_of_legs_by_hand(n):
+    """P_0 = 1, P_1 = s, P_2 = (3 s^2 - 1)/2, with s = 2 exp(-age) - 1; also a single one, and ages of any shape."""
+    age = torch.rand(2, 5, dtype=F64)
+    s = 2 * torch.exp(-age) - 1
+    modes = [torch.ones_like(s), math.sqrt(3) * s, math.sqrt(5) * (3 * s**2 - 1) / 2]
+    close(legs_basis(age, n), torch.stack(modes[:n], dim=-1), name="basis")
 
 
 def test_legs_rebuilds_a_signal_from_its_state():
@@ -276,7 +293,7 @@ def test_convolution_in_numbers():
           1e-11)
     y = fft_conv(t64(1, -1, 2, 0.5, 0, 3)[None, :, None], K, t64(0.25))
     close(y[0, :, 0], t64(0.381475498940, -0.262076257827, 0.757901120242, 0.430483609846, 0.293880202821,
-                          1.440493507660), 1e-11)
+                          1.440493507660), 1e-11, "y")
 
 
 # Whole layers: convolution and recurrence, with states
@@ -308,8 +325,8 @@ def test_convolution_is_recurrence_with_states_in_and_out(layer, l, with_h0):
         gen = torch.Generator().manual_seed(1)
         dy, dh = torch.randn(y.shape, generator=gen, dtype=F64), torch.randn(h.shape, generator=gen, dtype=F64).to(C128)
         results.append([y, h, *torch.autograd.grad((y, h), leaves, (dy, dh))])
-    for got, want in zip(*results):
-        close(got, want, 1e-9)
+    names = "y h dx ddt dA dB" if layer is s4d else "y h dx ddt dLambda dP dB"
+    all_close(*results, f"{names} dC dD dh0", 1e-9)
 
 
 @pytest.mark.parametrize("layer", [s4, s4d])

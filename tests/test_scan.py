@@ -6,16 +6,15 @@ import pytest
 import torch
 
 import scan as module
+from conftest import Operations, all_close, close
 from dense import discretize_dense
 from scan import SCANS, SELECTIVE_SCANS, discretize, scan, selective_scan
 
 LENGTHS = [1, 2, 3, 7, 8, 31, 64, 100, 257]
 F64 = torch.float64
+SCANNED = "h da db dh0"  # what values_and_gradients gives of scan
+SELECTED = "y h dx ddt dA dB dC dD dh0"  # and of selective_scan
 b, d, n = 2, 3, 5  # pairwise distinct primes: a transposed axis cannot pass
-
-
-def close(actual, expected, tol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def inputs(l, dtype=F64, dt_max=0.5, seed=0):
@@ -53,9 +52,9 @@ def test_all_rules_agree_as_dt_goes_to_zero():
 def test_zoh_and_bilinear_of_a_scalar():
     """a = -1/2, dt = 0.1: exp(-0.05), 2 (1 - exp(-0.05)); (1 - 0.025)/(1 + 0.025), 0.1/1.025."""
     dt, A, B = (torch.tensor(v, dtype=F64) for v in (0.1, -0.5, 1.0))
-    close(torch.stack(discretize(dt, A, B, "zoh")), torch.tensor([0.951229424501, 0.097541150999], dtype=F64), 1e-11)
-    close(torch.stack(discretize(dt, A, B, "bilinear")), torch.tensor([0.951219512195, 0.097560975610], dtype=F64),
-          1e-11)
+    for rule, *want in (("zoh", 0.951229424501, 0.097541150999), ("bilinear", 0.951219512195, 0.097560975610)):
+        got = torch.stack(discretize(dt, A, B, rule))
+        close(got, torch.tensor(want, dtype=F64), 1e-11, f"(Abar, Bbar) by {rule}, ")
 
 
 def test_zoh_and_bilinear_differ_by_dt_a_cubed_over_twelve():
@@ -106,23 +105,35 @@ def test_but_not_under_the_rule_the_mamba_code_uses():
 @pytest.mark.parametrize("l", LENGTHS)
 @pytest.mark.parametrize("impl", [name for name in SCANS if name != "naive"])
 def test_all_scans_agree_for_every_length(impl, l, dtype, with_h0):
+    """Every path computes what the loop computes, h and its gradients to a, b and h0 (the tree: Blelloch 1990)."""
     torch.manual_seed(l)
     tensors = [torch.randn(b, l, d, dtype=dtype) * 0.7, torch.randn(b, l, d, dtype=dtype)]
     tensors += [torch.randn(b, d, dtype=dtype)] * with_h0
-    for got, want in zip(values_and_gradients(lambda *t: scan(*t, impl=impl), tensors),
-                         values_and_gradients(lambda *t: scan(*t, impl="naive"), tensors)):
-        close(got, want)
+    got = values_and_gradients(lambda *t: scan(*t, impl=impl), tensors)
+    all_close(got, values_and_gradients(lambda *t: scan(*t, impl="naive"), tensors), SCANNED)
 
 
 @pytest.mark.parametrize("impl", SCANS)
 def test_decay_broadcasts_to_the_input(impl):
+    """One decay for a whole row of b; its gradient is the sum of theirs."""
     torch.manual_seed(0)
     a, x = torch.rand(1, 7, 1, dtype=F64), torch.randn(b, 7, d, dtype=F64)
     got = values_and_gradients(lambda a, x: scan(a, x, impl=impl), [a, x])
     want = values_and_gradients(lambda a, x: scan(a.expand(b, 7, d), x, impl="naive"), [a, x])
     assert got[1].shape == a.shape
-    for g, w in zip(got, want):
-        close(g, w)
+    all_close(got, want, SCANNED)
+
+
+@pytest.mark.parametrize("impl, depth", [("parallel", math.log2), ("chunked", math.sqrt)], ids=["parallel", "chunked"])
+def test_a_scan_has_the_depth_and_the_work_of_its_table(impl, depth):
+    """The table of section 2: a tree needs 42, 52 and 62 products and sums one after the other for these l, chunks 64,
+    128 and 256, a loop 2 l; and both give a few l numbers in all, not l log l."""
+    for l in (256, 1024, 4096):
+        with Operations() as seen, torch.no_grad():
+            scan(torch.rand(1, l, 1), torch.rand(1, l, 1), impl=impl)
+        sizes = [size for name, size in seen.calls if name.strip("_") in ("mul", "add", "addcmul")]
+        assert len(sizes) <= 8 * depth(l), f"l = {l}: {len(sizes)} products and sums, one after the other"
+        assert sum(sizes) <= 8 * l, f"l = {l}: {sum(sizes)} numbers in products and sums"
 
 
 def test_gradient_of_a_scan_is_a_reversed_scan():
@@ -168,15 +179,24 @@ def test_what_is_not_finite_does_not_reach_the_past(impl, bad):
 # The selective scan
 
 
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_three_steps_by_hand(impl):
+    """A = -ln 2 halves the state in a step of 1: h = 8, then 8/2 + 2 2 = 8, then 8/4 + 2 1/2 2 = 4 by a step of 2."""
+    x, dt, B, C = (torch.tensor(row, dtype=F64).view(1, 3, 1) for row in
+                   ([8, 2, 2], [1, 1, 2], [1, 2, 0.5], [1, 2, -1]))
+    y, h = selective_scan(x, dt, torch.full((1, 1), -math.log(2), dtype=F64), B, C, impl=impl)
+    close(y.flatten(), torch.tensor([8.0, 16, -4], dtype=F64), name="y")
+    close(h.flatten(), torch.tensor([4.0], dtype=F64), name="h")
+
+
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("l", LENGTHS)
 @pytest.mark.parametrize("impl", ["auto"] + [name for name in SELECTIVE_SCANS if name != "naive"])
 def test_all_selective_scans_agree_for_every_length(impl, l, with_h0):
     """Values, last state, and gradients to x, dt, A, B, C, D, h0 through both outputs."""
     tensors = inputs(l)[:6 + with_h0]
-    for got, want in zip(values_and_gradients(lambda *t: selective_scan(*t, impl=impl), tensors),
-                         values_and_gradients(lambda *t: selective_scan(*t, impl="naive"), tensors)):
-        close(got, want)
+    got = values_and_gradients(lambda *t: selective_scan(*t, impl=impl), tensors)
+    all_close(got, values_and_gradients(lambda *t: selective_scan(*t, impl="naive"), tensors), SELECTED)
 
 
 @pytest.mark.parametrize("impl", SELECTIVE_SCANS)
@@ -186,15 +206,28 @@ def test_selective_scan_passes_gradcheck(impl):
     assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, impl=impl), tensors)
 
 
-@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 @pytest.mark.parametrize("cut", [1, 2, 50, 99])
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 def test_any_split_of_a_sequence_gives_the_whole_sequence(impl, cut):
+    """The last state of a part, given to the next as h0, is all that it needs to know (Mamba, section 3.3.2)."""
     x, dt, A, B, C, D, h0 = inputs(100)
     y, h = selective_scan(x, dt, A, B, C, D, h0, impl)
     y1, h1 = selective_scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, h0, impl)
     y2, h2 = selective_scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, h1, impl)
-    close(torch.cat([y1, y2], 1), y)
-    close(h2, h)
+    close(torch.cat([y1, y2], 1), y, name="y")
+    close(h2, h, name="h")
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+@pytest.mark.parametrize("upto", [0, 1, 30, 31])
+def test_the_state_after_the_first_steps_has_not_read_the_others(impl, upto):
+    """y is that of all steps, h that of the first upto alone."""
+    x, dt, A, B, C, D, h0 = inputs(31)
+    y, h = selective_scan(x, dt, A, B, C, D, h0, impl, upto)
+    close(y, selective_scan(x, dt, A, B, C, D, h0, impl)[0], name="y")
+    first = [t[:, :upto] for t in (x, dt, B, C)]
+    want = selective_scan(first[0], first[1], A, *first[2:], D, h0, impl)[1] if upto else h0
+    close(h, want, name="h")
 
 
 @pytest.mark.parametrize("impl", SELECTIVE_SCANS)
@@ -207,6 +240,7 @@ def test_a_step_of_length_zero_changes_nothing(impl):
 
 @pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 def test_the_future_cannot_be_seen(impl):
+    """Another input from step 20 on leaves y before it as it is, to the bit, and changes y from there on."""
     tensors = inputs(31)
     y, _ = selective_scan(*tensors, impl=impl)
     for i in (0, 1, 3, 4):  # x, dt, B, C
@@ -232,8 +266,8 @@ def test_float32_stays_within_2e6_of_float64(impl, dt_max, l):
     tensors = inputs(l, torch.float32, dt_max)
     got = values_and_gradients(lambda *t: selective_scan(*t, impl=impl), tensors)
     want = values_and_gradients(lambda *t: selective_scan(*t, impl="chunked"), [t.double() for t in tensors])
-    for g, w in zip(got, want):
-        assert (g - w).abs().max() <= 2e-6 * w.abs().max()
+    for name, g, w in zip(SELECTED.split(), got, want, strict=True):
+        assert (g - w).abs().max() <= 2e-6 * w.abs().max(), name
 
 
 def test_bfloat16_inputs_keep_a_float32_state():

@@ -7,15 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import all_close, close
 from scan import SSDS, selective_scan, ssd
 
 LENGTHS = [1, 2, 3, 7, 8, 31, 64, 100, 257]
 F64 = torch.float64
+NAMES = "y h dx ddt dA dB dC dD dh0"  # what values_and_gradients gives
 b, nh, p, n = 2, 6, 7, 5  # with g = 1 or 3, the sizes are pairwise distinct: a transposed axis cannot pass
-
-
-def close(actual, expected, tol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def inputs(l, g=3, dtype=F64, dt_max=0.5, seed=0):
@@ -56,8 +54,7 @@ def test_all_forms_agree_for_every_length(l, g, with_h0):
     tensors = inputs(l, g)[:6 + with_h0]
     want = values_and_gradients(lambda *t: ssd(*t, impl="naive"), tensors)
     for impl in ("quadratic", "chunked", "auto"):
-        for got, w in zip(values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors), want, strict=True):
-            close(got, w)
+        all_close(values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors), want, NAMES)
 
 
 @pytest.mark.parametrize("l", [1, 8, 31, 100])
@@ -66,9 +63,8 @@ def test_all_forms_agree_for_every_length(l, g, with_h0):
 def test_ssd_is_the_selective_scan_with_one_decay_a_head(impl, g, l):
     """Mamba-2 section 2.4.1: A is a scalar times the identity, and a head's p channels share it."""
     tensors = inputs(l, g)
-    for got, want in zip(values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors),
-                         values_and_gradients(as_selective_scan, tensors), strict=True):
-        close(got, want)
+    got = values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors)
+    all_close(got, values_and_gradients(as_selective_scan, tensors), NAMES)
 
 
 @pytest.mark.parametrize("l", [5, 37])
@@ -92,8 +88,20 @@ def test_any_split_of_a_sequence_gives_the_whole_sequence(impl, cut):
     y, h = ssd(x, dt, A, B, C, D, h0, impl)
     y1, h1 = ssd(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, h0, impl)
     y2, h2 = ssd(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, h1, impl)
-    close(torch.cat([y1, y2], 1), y)
-    close(h2, h)
+    close(torch.cat([y1, y2], 1), y, name="y")
+    close(h2, h, name="h")
+
+
+@pytest.mark.parametrize("impl", SSDS)
+@pytest.mark.parametrize("upto", [0, 1, 32, 69, 70])
+def test_the_state_after_the_first_steps_has_not_read_the_others(impl, upto):
+    """y is that of all steps, h that of the first upto alone."""
+    x, dt, A, B, C, D, h0 = inputs(70)
+    y, h = ssd(x, dt, A, B, C, D, h0, impl, upto)
+    close(y, ssd(x, dt, A, B, C, D, h0, impl)[0], name="y")
+    first = [t[:, :upto] for t in (x, dt, B, C)]
+    want = ssd(first[0], first[1], A, *first[2:], D, h0, "naive")[1] if upto else h0
+    close(h, want, name="h")
 
 
 @pytest.mark.parametrize("l", [1, 7, 64, 100])
@@ -114,12 +122,13 @@ def test_without_decay_it_is_causal_linear_attention(impl):
     y, h = ssd(x, torch.ones_like(dt), torch.zeros_like(A), B, C, impl=impl)
     B, C = B.repeat_interleave(nh // 3, dim=2), C.repeat_interleave(nh // 3, dim=2)
     scores = torch.einsum("blhn,bshn->bhls", C, B).tril()
-    close(y, torch.einsum("bhls,bshp->blhp", scores, x))
-    close(h, torch.einsum("bshp,bshn->bhpn", x, B))
+    close(y, torch.einsum("bhls,bshp->blhp", scores, x), name="y")
+    close(h, torch.einsum("bshp,bshn->bhpn", x, B), name="h")
 
 
 @pytest.mark.parametrize("impl", SSDS)
 def test_the_future_cannot_be_seen(impl):
+    """Another input from step 41 on leaves y before it as it is, and changes every y from there on."""
     tensors = inputs(70)
     y, _ = ssd(*tensors, impl=impl)
     for i in (0, 1, 3, 4):  # x, dt, B, C
@@ -167,9 +176,9 @@ def test_large_steps_over_a_long_sequence_neither_overflow_nor_lose_digits():
                torch.randn(1, l, 1, 5), torch.randn(2), torch.randn(1, 2, 3, 5)]
     got = values_and_gradients(ssd, tensors)
     want = values_and_gradients(ssd, [t.double() for t in tensors])
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == torch.float32 and g.isfinite().all() and w.isfinite().all()
-        assert (g - w).abs().max() <= 1e-5 * w.abs().max()
+    for name, g, w in zip(NAMES.split(), got, want, strict=True):
+        assert g.dtype == torch.float32 and g.isfinite().all() and w.isfinite().all(), name
+        assert (g - w).abs().max() <= 1e-5 * w.abs().max(), name
 
 
 @pytest.mark.parametrize("dt_max, l", [(0.05, 1000), (20.0, 1000)])
@@ -178,8 +187,8 @@ def test_float32_stays_within_1e5_of_the_float64_recurrence(impl, dt_max, l):
     tensors = inputs(l, dtype=torch.float32, dt_max=dt_max)
     got = values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors)
     want = values_and_gradients(lambda *t: ssd(*t, impl="naive"), [t.double() for t in tensors])
-    for g, w in zip(got, want, strict=True):
-        assert g.isfinite().all() and (g - w).abs().max() <= 1e-5 * w.abs().max()
+    for name, g, w in zip(NAMES.split(), got, want, strict=True):
+        assert g.isfinite().all() and (g - w).abs().max() <= 1e-5 * w.abs().max(), name
 
 
 @pytest.mark.parametrize("impl", SSDS)
@@ -217,8 +226,7 @@ def test_autocast_changes_nothing(impl):
     tensors = inputs(70, dtype=torch.float32)
     want = values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors)
     got = values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors, torch.autocast("cpu", torch.bfloat16))
-    for g, w in zip(got, want, strict=True):
-        close(g, w, 1e-6)
+    all_close(got, want, NAMES, 1e-6)
 
 
 def test_dtypes_out_follow_the_contract():
