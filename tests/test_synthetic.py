@@ -1,13 +1,16 @@
 """data/synthetic.py: what each task asks for, and why no convolution solves the first."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from data.synthetic import COPY, KEYS, LETTERS, MARK, NO_TARGET, NOISE, TASKS, induction, parity, recall, selective_copy
 from model import LM, Config
+from tests.studies import score, state_runs
 
 
 @pytest.mark.parametrize("length, count", [(3, 1), (16, 1), (64, 2), (65, 2), (256, 4), (1000, 8), (4112, 16)])
@@ -111,3 +114,19 @@ def test_a_task_trains_resumes_and_reports_accuracy(tmp_path, capsys):
 def test_a_task_refuses_what_it_cannot_be(tmp_path, capsys, flags, message):
     assert train.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_study_of_states_trains_every_cell_in_a_folder_of_its_own():
+    """4 tasks, 6 layers, 3 rates, and recall with three more sizes of Mamba-2's state: flags that train.py takes."""
+    runs = [run for cell in state_runs(Path("out"), quick=False).values() for run in cell.values()]
+    assert len({folder for folder, _ in runs}) == len(runs) == 4 * 6 * 3 + 3 * 3
+    for _, flags in runs:
+        c, given = train.parse(train.Flags, flags.split(), "")
+        assert len(train.make_config(c).layers) == 2 and c.data in TASKS and "lr" in given
+
+
+def test_the_study_scores_targets_only_in_the_window_and_in_its_last_quarter():
+    tokens = np.arange(8)[None]
+    targets = np.array([[NO_TARGET, 1, 0, 3, NO_TARGET, NO_TARGET, 6, 0]])
+    same = lambda tokens, upto: (F.one_hot(tokens, 9), None)  # guesses what it reads
+    assert score(same, tokens, targets) == pytest.approx({"accuracy": 3 / 5, "last_quarter": 1 / 2})
