@@ -33,13 +33,14 @@ PARALLEL, CHUNKED = (tuple(f"{test}[{impl}" for test in (
     "test_a_scan_has_the_depth_and_the_work_of_its_table")) for impl in ("parallel", "chunked"))
 
 EXERCISES = {
-    "discretize": Exercise("scan", "test_scan", 20, "from h' = A h + B x to a step, by four rules", (
+    "discretize": Exercise("scan", "test_scan", 20, "from h' = A h + B x to a step, by five rules", (
         "test_zoh_and_bilinear_of_a_scalar",
         "test_all_rules_agree_as_dt_goes_to_zero",
         "test_gated_rnn_is_the_one_dimensional_case_under_zoh",
         "test_but_not_under_the_rule_the_mamba_code_uses",
         "test_zoh_holds_at_a_pole_of_zero_with_its_gradient",
-        "test_zoh_is_exact_near_zero")),
+        "test_zoh_is_exact_near_zero",
+        "test_a_trapezoid_is_second_order")),
     "legs_basis": Exercise("scan", "test_s4", 20, "a state is a polynomial of the past", (
         "test_the_first_modes_of_legs_by_hand",
         "test_the_modes_of_legs_are_legendre_polynomials",

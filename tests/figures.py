@@ -189,6 +189,17 @@ def holding():
          "pairs of a key and its value", "values recalled, %")
 
 
+def contexts():
+    """Loss by position: with states passed on in training and without; attention stretched, beside states."""
+    rows = measured("context_carry", table="position")
+    for row in rows:
+        row["path"] += ", passed on" if row["passed"] else ""
+    draw("carry.svg", rows, "to", "bpb", "up to this position (trained on 128)", "bits per byte")
+    rows = measured("context_lengths", table="position")
+    draw("lengths.svg", [row for row in rows if "not tuned" not in row["path"]], "to", "bpb",
+         "up to this position (trained on 256)", "bits per byte")
+
+
 def speculation():
     rows = []
     for row in measured("bench_speculate", table="speculation"):
@@ -321,7 +332,7 @@ def main(argv):
         write("train", argv, training_rows(Path(c.run)))
         write("selects", argv, selection_rows(Path(c.run), c.layer))
         write("inside", argv, inside_rows(Path(c.run)))
-    for figure in (training, selects, learning, holding, speed, speculation):
+    for figure in (training, selects, learning, holding, contexts, speed, speculation):
         figure()
     with plt.rc_context(READABLE):
         for figure in (masks, surprise, forgetting, kernels):

@@ -5,13 +5,12 @@ tests/ops/triton/test_mamba3_siso.py), run in float64.
 """
 import math
 
-import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from model import LM, Config, Mamba3, Mamba3State, turn
-from scan import discretize, scan, ssd_scan
+from scan import discretize, ssd_scan
 
 F64 = torch.float64
 
@@ -171,20 +170,6 @@ def test_the_block_spelt_out():
     y, state = mixer(u)
     close(y, mixer.out_proj(torch.stack(ys, dim=1) * F.silu(z)), 1e-10)
     close(state.h, h, 1e-10)
-
-
-def test_a_trapezoid_is_second_order():
-    """Half the step, and the error falls by four, where Mamba's rule only halves it: h' = -h + cos 3t, solved exactly."""
-    def error(rule, dt):
-        t = torch.arange(round(2 / dt) + 1, dtype=F64) * dt
-        Abar, Bbar = discretize(torch.tensor(dt, dtype=F64), -1.0, 1.0, rule)
-        x = torch.cos(3 * t)
-        inputs = x[1:] + Abar * x[:-1] if rule == "trapezoid" else x[1:]
-        h = scan(Abar.expand(1, len(inputs)), (Bbar * inputs)[None], torch.zeros(1, dtype=F64), "naive")[0, -1]
-        exact = (torch.cos(3 * t[-1]) + 3 * torch.sin(3 * t[-1]) - torch.exp(-t[-1])) / 10
-        return abs(h - exact)
-    for rule, factor in (("mamba", 2), ("trapezoid", 4)):
-        assert error(rule, 1 / 200) / error(rule, 1 / 400) == pytest.approx(factor, rel=0.02)
 
 
 def test_with_equal_weights_a_layer_is_the_trapezoid():
