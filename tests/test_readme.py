@@ -1,4 +1,4 @@
-"""README.md is executed: its commands and its Python run, and what it and tests/README.md name exists."""
+"""README.md is executed: its commands and its Python run, and what it and the pages in tests/ name exists."""
 import dataclasses
 import io
 import os
@@ -15,13 +15,14 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BOTH = README + (ROOT / "tests" / "README.md").read_text()
+COURSE = (ROOT / "tests" / "course.md").read_text()
+ALL = README + (ROOT / "tests" / "README.md").read_text() + COURSE
 FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags, "distill.py": distill.Flags}
 
 
 def commands(script):
-    """The arguments of every command line of the README that calls script."""
-    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.S | re.M)
+    """The arguments of every command line of the README, or of the course, that calls script."""
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README + COURSE, re.S | re.M)
     lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     calls = [part for line in lines for part in re.split(r"&&|;|\|", line) if re.search(rf"(^|\s){script}\b", part)]
     return [shlex.split(call[call.index(script) + len(script):]) for call in calls]
@@ -30,14 +31,14 @@ def commands(script):
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name for flags in FLAGS.values() for f in dataclasses.fields(flags)}
     known |= {"--nproc_per_node", "--quick", "--rounds", "--json", "--help", "--local", "--run", "--text", "--mine"}
-    assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", BOTH)} <= known
+    assert {f for f in re.findall(r"(?<![\w-])--[a-z_]\w*", ALL)} <= known
 
 
 def test_every_file_and_test_in_the_readme_exists():
-    names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", BOTH))
+    names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", ALL))
     for name in names - {"input.txt", "me.txt", "my.py", "vocab.txt", "config.json", "before.json"}:
         assert (ROOT / name).exists(), name
-    for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", BOTH)):
+    for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", ALL)):
         assert f"def {test}(" in (ROOT / file).read_text(), test
 
 
@@ -58,13 +59,20 @@ def test_the_front_page_is_short_and_its_python_runs():
     assert names["y"].shape == names["x"].shape and names["more"].shape == (1, 40, 256)
 
 
+def test_the_spring_of_the_course_swings(capsys):
+    block, = re.findall(r"^```python\n(.*?)^```", COURSE, re.S | re.M)
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 50 and len(set(lines[:5])) == 1 and len(set(lines)) > 10
+
+
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
 def test_training_commands_run(args, tmp_path):
     """Each with sizes cut down, on a small file in place of its corpus."""
     text = tmp_path / "me.txt"
     text.write_bytes(os.urandom(50) * 40)
     assert train.parse(train.Flags, args, "")[0]  # as printed, every flag is known and every value of its type
-    small = {"data": text, "out": tmp_path / "run", "steps": 2, "minutes": 0, "d_model": 32, "n_layer": 1, "n_head": 2,
+    small = {"data": text, "out": tmp_path / "run", "steps": 2, "minutes": 0, "d_model": 32, "n_layer": 3, "n_head": 2,
              "seq_len": 8, "batch_size": 2, "device": "cpu", "accumulate": 1}
     if "--bpe" in args:
         small["bpe"] = 4
