@@ -5,7 +5,7 @@ of None is the beginning of a sequence, and any later state continues it. So tra
 prompt), evaluation in pieces, and decoding (l = 1) are one call with a different l. A state is a NamedTuple of tensors
 that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all positions, but the state
 after the first upto of them. Speculative sampling calls it with guesses behind the text: they are judged, but the state
-that is kept has not read them. Training has no use for a state and calls with upto = 0. The encoder's mixers see both
+that is kept has not read them. train.py has no use for a state and calls with upto = 0. The encoder's mixers see both
 sides of every position and have no state.
 
     Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
@@ -17,12 +17,13 @@ sides of every position and have no state.
                              +- z -------------------------- silu ---+
 
     Mamba-3         in_proj -+- x -----------------> ssd_scan -------+ * -> out_proj
-                             +- B, C -> norm, turn ------^           |
-                             +- dt, A, w, theta ---------^           |
+                             +- B, C -> norm, + bias, turn by theta dt ^
+                             +- dt, A, w -----------------^          |
                              +- z -------------------------- silu ---+
 
 To add a mixer, write a class like the ones below and add it to MIXERS: its __init__ takes the Config, its last map is
-called out_proj, `slow` names parameters that learn slowly, and tensors that are no parameters are made in forward.
+called out_proj, a list `slow` names parameters that learn slowly, if there are any, and tensors that are no parameters
+are made in forward.
 """
 import dataclasses
 import math
@@ -58,9 +59,9 @@ class Config:
     dropout: float = 0.0
 
     d_state: int = 16         # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
-    expand: int = 2           # Mamba: channels d = expand * d_model; encoder: m = expand * d_model
-    d_conv: int = 4           # k, taps of Mamba's causal convolution
-    bias: bool = False        # Mamba's projections in and out; no released model has one
+    expand: int = 2           # Mamba, -2, -3: channels d = expand * d_model; encoder: m likewise
+    d_conv: int = 4           # k, taps of the causal convolution of Mamba and Mamba-2
+    bias: bool = False        # of their projections in and out; no released model has one
     conv_bias: bool = True
     head_dim: int = 64        # p, Mamba-2 and Mamba-3
     n_group: int = 1          # g, Mamba-2 and Mamba-3
@@ -347,9 +348,9 @@ class Mamba2(nn.Module):
 
 
 class Mamba3State(NamedTuple):
-    phi: torch.Tensor  # (b, nh, k), how far every pair of B's and C's numbers has turned
+    phi: torch.Tensor  # (b, nh, pairs), how far the pairs of B's and C's numbers that turn have turned
     h: torch.Tensor    # (b, nh, p, n)
-    B: torch.Tensor    # (b, nh, n), of the last position
+    B: torch.Tensor    # (b, nh, n), of the last position, normed, biased and turned
     x: torch.Tensor    # (b, nh, p), of the last position
 
 
@@ -359,25 +360,27 @@ def outer(x, B):
 
 
 def turn(x, phi):
-    """x (..., n) with its channels 2i and 2i + 1 rotated by the angle phi_i (..., k); channels from 2k on stay."""
-    k = phi.shape[-1]
-    even, odd = x[..., :2 * k].unflatten(-1, (k, 2)).unbind(-1)
+    """x (..., n) with channels 2i and 2i + 1 rotated by phi_i (..., pairs); those beyond stay. (Attention's rotate does
+    the same to channels i and i + size/2.)"""
+    pairs = phi.shape[-1]
+    even, odd = x[..., :2 * pairs].unflatten(-1, (pairs, 2)).unbind(-1)
     cos = phi.cos()
     sin = phi.sin()
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return torch.cat([turned.flatten(-2), x[..., 2 * k:]], dim=-1)
+    return torch.cat([turned.flatten(-2), x[..., 2 * pairs:]], dim=-1)
 
 
 class Mamba3(nn.Module):
-    """The block of Mamba-3 (Lahoti et al. 2026, 2603.15569), with one input and one output per head.
+    """The block of Mamba-3 (Lahoti et al. 2026, 2603.15569) of rank 1, which the paper calls SISO.
 
     h_t = a_t h_{t-1} + (1 - w_t) dt_t a_t x_{t-1} B_{t-1}^T + w_t dt_t x_t B_t^T,   a_t = exp(dt_t A_t)
     y_t = h_t C_t + D x_t,   output W_out (y * silu(z))
 
     Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
     is no convolution. A comes from the input, as dt does. And B and C are normed, biased, and turned in pairs of
-    numbers by phi_t = phi_{t-1} + theta_t dt_t: that is a state with complex decays in real numbers, as S4 has, and it
-    can count modulo 2. dt, A, w are one number per head; theta has k, which all heads share.
+    numbers by phi_t = phi_{t-1} + theta_t dt_t. Then C_i . B_j depends on phi_i - phi_j, the turn since j: a state with
+    complex decays, as S4 has, in real numbers. It can count modulo 2. (In attention the same turn, by a fixed angle per
+    step, is called rotary.) dt, A, w are one number per head; theta has n/4 numbers, which all heads share.
     """
 
     def __init__(self, c):
@@ -386,13 +389,13 @@ class Mamba3(nn.Module):
         n = c.d_state
         self.heads = d // c.head_dim
         self.groups = c.n_group
-        # z | x | B | C | dt | A | w | theta, where half of n turns, in k = n/4 pairs
+        # z | x | B | C | dt | A | w | theta, where half of n turns, in n/4 pairs
         self.parts = [d, d, self.groups * n, self.groups * n, *[self.heads] * 3, n // 4]
         self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=False)
         self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
         self.B_norm = nn.RMSNorm(n, eps=1e-5)
         self.C_norm = nn.RMSNorm(n, eps=1e-5)
-        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # 1: of the rank, as released
+        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # in the middle the rank
         self.C_bias = nn.Parameter(torch.ones(self.heads, 1, n))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.out_proj = nn.Linear(d, c.d_model, bias=False)
@@ -404,37 +407,39 @@ class Mamba3(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # r -> -1 - r, or -1/(1 - r) if r < 0
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
                               state, upto)
         return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state
 
     def recur(self, x, dt, A, w, theta, B, C, state, upto):
-        """y (b, l, nh, p) and the state after the first upto positions, by one ssd_scan.
+        """y (b, l, nh, p) and the state after the first upto positions; theta (b, l, pairs), B, C (b, l, g, n) normed.
 
-        It takes both terms of x_t at once, so h_t holds (1 - w_{t+1}) dt_{t+1} x_t B_t^T a step early. This is taken
-        back from y and from the last state. Shapes: theta (b, l, k), B and C (b, l, g, n) before their bias.
+        One ssd_scan does it, if both terms of x_t enter at once, the second a step early. With e_t = (1 - w_t) dt_t and
+        H_t = h_t + e_{t+1} x_t B_t^T the recurrence is
+            H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t,
+        since H_{t-1} decays by the a_t that the earlier term wants. At the end, e_l = 0 and H is h.
         """
         copies = self.heads // B.shape[2]
         B = B.repeat_interleave(copies, dim=2) + self.B_bias[:, 0]  # (b, l, nh, n)
         C = C.repeat_interleave(copies, dim=2) + self.C_bias[:, 0]
-        phi = (theta[:, :, None] * dt[..., None]).cumsum(1)  # (b, l, nh, k)
+        phi = (theta[:, :, None] * dt[..., None]).cumsum(1)  # (b, l, nh, pairs)
         if state is None:
             no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
             state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)
         phi = phi + state.phi[:, None]
         B = turn(B, phi)
         C = turn(C, phi)
-        early = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
-        h = state.h + outer(early[:, 0] * state.x, state.B)
-        u = ((w * dt)[..., None] + early[:, 1:]) * x
-        y, h = ssd_scan(u, dt * A, B, C, h, upto=upto)
-        y = y + (self.D[:, None] - early[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
+        e = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
+        H = state.h + outer(e[:, 0] * state.x, state.B)
+        u = ((w * dt)[..., None] + e[:, 1:]) * x
+        y, H = ssd_scan(u, dt * A, B, C, H, upto=upto)
+        y = y + (self.D[:, None] - e[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
         end = x.shape[1] if upto is None else upto
         phi, B, x = (t[:, end - 1].clone() if end else old  # no view of all
                      for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
-        return y, Mamba3State(phi % (2 * math.pi), h - outer(early[:, end] * x, B), B, x)
+        return y, Mamba3State(phi % (2 * math.pi), H - outer(e[:, end] * x, B), B, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@
 To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own, and section 6 is for GPUs; nothing else needs
 them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients. An argument
 `upto` asks for the state after the first upto steps, for callers that read ahead (speculation in sample.py).
-This file needs torch alone (and Triton for section 6), so you may copy it as it is. ChunkedSelectiveScan with the two
-functions below it is 90 lines that stand alone.
+This file needs torch alone (and Triton for section 6), so you may copy it as it is. Or copy ChunkedSelectiveScan, the
+two functions below it, _once and _no_autocast: 110 lines that need nothing else.
 
 Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1, and h0 stands before step 0.
 
@@ -25,11 +25,13 @@ Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-
     dt         (b, l, d), > 0      Delta                Delta          step size; in S4 (d,)
     A          (d, n), Re A < 0    A                    A              h' = A h + B x; A is diagonal
     B, C       (b, l, n)           B, C                 B, C           into h and out of h; in S4 (d, n)
-    D          (d,)                (in its code)        D              skip: y += D x
+    D          (d,)                only in its code     D              skip: y += D x
     Abar Bbar  (b, l, d, n)        A-bar, B-bar         A-bar, B-bar   discretized: h_t = Abar h_{t-1} + Bbar x_t
     K          (d, l)                                   K-bar          kernel: y = K * x where nothing depends on t
     Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*
-    u          shape of x                                              dt x, the input times its step size
+    u          shape of x                               (not its u)    dt x, the input times its step size
+    a, b       (b, l, ...)                                             one step of any scan: h_t = a_t h_{t-1} + b_t
+    log_a      (b, l, nh)                                              dt A, where a = exp(dt A)
 
     b l d n    batch, length, channels, state size
     nh p g     Mamba-2 (section 5): heads, channels per head, groups of heads that share B and C.
@@ -151,20 +153,22 @@ def _takes_triton(x, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
 #
-# All rules agree as dt -> 0. They differ in what they assume about x between two samples, and in how stable they are.
+# All rules agree as dt -> 0 (trapezoid with both its inputs). They differ in what they assume about x between two
+# samples, and in how stable they are.
 
 
 def discretize(dt, A, B, rule="mamba"):
-    """Abar, Bbar of one step of length dt for a diagonal A. All is elementwise and broadcasts; real or complex.
+    """Abar, Bbar of one step of length dt for a diagonal A, real or complex. All is elementwise and broadcasts: in the
+    glossary's shapes discretize(dt[..., None], A, B[:, :, None]).
 
     zoh       Abar = exp(dt A)                    Bbar = (exp(dt A) - 1)/A B       exact if x is held; Mamba eq. 4
-    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         trapezoid; S4 eq. 3
+    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         Tustin's; S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
-    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    with x_t + Abar x_{t-1} for x_t
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    times x_t + Abar x_{t-1}, not x_t
 
-    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. Bbar then differs
-    by the factor (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
+    The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
+    that one times (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
     where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an
     empirical one.
 
@@ -240,7 +244,8 @@ def _scan_parallel(a, b, h0):
 
 
 def _associative(a, b):
-    """The same from h = 0."""
+    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (b, l, ...) of one shape -> h. The pairs halve
+    at each level, so it takes about 2 l combinations in 2 log2 l rounds."""
     l = b.shape[1]
     if l == 1:
         return b
@@ -654,9 +659,9 @@ class ChunkedSelectiveScan(torch.autograd.Function):
     """Chunk after chunk, each small enough, where possible, that its states stay in the processor's cache. (These are
     not the chunks of section 2: nothing runs at once along l, and a chunk is what is held at a time.)
 
-    apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. This class and
-    the two functions below it stand alone. Forward keeps the state before every chunk and forgets the rest; backward
-    computes a chunk's states again and walks it in reverse. With g_t as in section 2:
+    apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. Forward keeps
+    the state before every chunk and forgets the rest; backward computes a chunk's states again and walks it in reverse.
+    With g_t as in section 2:
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
@@ -750,19 +755,19 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 # attention appears:
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(dt_i A + ... + dt_{j+1} A)
 # with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
-# and chunks of 2, the matrix L * (C B^T) that maps u to y is
+# and chunks of q = 2, the matrix L * (C B^T) that maps u to y is
 #
-#     [ x          ]    On the diagonal stands attention inside a chunk. Below it every block has rank n at most:
+#     [ x          ]    x: attention inside a chunk. o: through the state, of rank n at most. In three steps:
 #     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
 #     [ o o x      ]    2. states are carried from chunk to chunk (section 2's scan),
 #     [ o o x x    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
 #     [ o o o o x  ]
 #     [ o o o o x x]
 #
-#                work per head          memory beside the inputs      what it is
-#    naive       2 l n p                autograd keeps every state    the recurrence
-#    quadratic   l^2 (n + p)            l^2 per head                  masked attention
-#    chunked     l (q (n + p) + 2 n p)  times l (q + n p / q)         attention in chunks of q, a scan between them
+#                work per head                numbers kept per head     what it is
+#    naive       2 l n p                      l n p, by autograd        the recurrence
+#    quadratic   l^2 (n + p), and l^3 for L   l^2, a few times          masked attention
+#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), likewise attention in chunks, a scan between them
 #
 # The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
 # linear attention (call scan), a complex number Mamba-3 (in model.py, by turning B and C), a matrix
@@ -785,10 +790,10 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
 
 
 def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
-    """h_t = exp(log_a_t) h_{t-1} + u_t B_t^T,   y_t = h_t C_t: ssd with u = dt x and log_a = dt A given.
+    """h_t = exp(log_a_t) h_{t-1} + u_t B_t^T,   y_t = h_t C_t: ssd's u = dt x and log_a = dt A, given apart.
 
-    u (b, l, nh, p), log_a (b, l, nh) <= 0, the rest as above -> y, h, both float32 or float64. For a layer whose input
-    and decay have no dt in common (Mamba-3).
+    u (b, l, nh, p), log_a (b, l, nh) <= 0, the rest as above -> y, h, both float32 or float64. For a layer whose u is
+    not x times the dt of its decay (Mamba-3).
     """
     sizes = _check("ssd", u=(u, "b l nh p"), log_a=(log_a, "b l nh"), B=(B, "b l g n"),
                    C=(C, "b l g n"), h0=(h0, "b nh p n"))
@@ -889,7 +894,7 @@ def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))
     to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
-    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
+    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l), a product per group
     from_u = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
     return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)
 

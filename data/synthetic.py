@@ -1,19 +1,20 @@
-"""Four tasks, made in memory, each of them beyond some layer.
+"""Four tasks, made in memory; each is too much for at least one kind of layer. Targets are answers, not next bytes.
+In short:
 
-    selective_copy    ..c....a...f.===     ->  at each = the next letter read: c, a, f
+    selective_copy    ..c....a...f...===   ->  at each = the next letter read: c, a, f
     induction         kd#gcafejkmbh#       ->  what followed the first #: g
     parity            01101                ->  at each place, whether the ones so far are odd: 0, 1, 0, 0, 1
     recall            QcAhMcAMAQ           ->  after the pairs Qc, Ah, Mc, at each key its value: h, c, h, c
 
 The first two (Mamba, section 4.1) want a layer that chooses what to remember. A convolution weighs a letter by how long
 ago it was, and here that says nothing: the letters lie anywhere, and the dots or letters between have to pass without a
-trace. Parity wants a state that each one turns over: with factors from 0 to 1 in h_t = a_t h_{t-1} + b_t it can only
+trace. Parity wants a state that every "1" turns over: with factors from 0 to 1 in h_t = a_t h_{t-1} + b_t it can only
 forget, and no number of layers counts modulo 2 at every length (Grazzi et al. 2411.12537). Recall, the MQAR of Zoology
 (Arora et al. 2312.04927), wants room for all pairs at once.
 """
 import numpy as np
 
-from data.files import UserError
+from data.files import UserError, require
 
 NO_TARGET = -100  # the target of a byte that nobody has to predict
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
@@ -22,7 +23,7 @@ KEYS = np.arange(64, 96)  # of recall: "@", "A" to "_"
 
 
 def generator(name, length, seed, step):
-    """A generator of each step's own, as in corpus.windows. UserError if a window is too short for the task."""
+    """numpy's generator for (seed, step), as in corpus.windows. UserError if a window is too short for the task."""
     if length < 3:
         raise UserError(f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
     return np.random.default_rng((seed, step))
@@ -77,10 +78,13 @@ def recall(length, batch, seed, step, pairs=0):
     """Pairs of a key and its value, then queries: any of the keys, whose targets are their values.
 
     tokens, targets (batch, length). The keys of a window differ, so no answer is ambiguous. Every window has so many
-    pairs, or with 0 a number of its own from 1 to length / 4, whose small ones are learnt first and teach the others.
+    pairs, or with 0 a number of its own from 1 to length / 4, at most 32: small ones are learnt first and teach the
+    others.
     """
     rng = generator("recall", length, seed, step)
-    most = pairs or min(max(length // 4, 1), len(KEYS))
+    require(2 * pairs < length and pairs <= len(KEYS), f"recall: {pairs} pairs do not fit "
+            f"into {length} bytes and {len(KEYS)} keys")
+    most = min(max(length // 4, 1), len(KEYS))
     keys = rng.permuted(np.tile(KEYS, (batch, 1)), axis=1)
     values = rng.choice(LETTERS, keys.shape)
     count = np.full((batch, 1), pairs) if pairs else rng.integers(1, most + 1, (batch, 1))

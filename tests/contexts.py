@@ -2,11 +2,11 @@
 
     mamba3      Mamba-3 beside Mamba-2: equal time, equal bytes, with and without a local convolution
     carry       training windows that begin from another window's last state: loss by position to 16,384
-    lengths     attention stretched to 4 times its length in three ways, beside state-space layers as they are
+    lengths     attention stretched to 4 times its length in three ways, beside state-space layers and a hybrid
     overfill    a small model that goes on from the state of a large one
 
-Models are runs below out/contexts, which a second call does not train again: after Ctrl-C repeat the command. Results go
-to assets/context_NAME.json, and python -m tests.figures draws them.
+Models are runs below out/contexts, which a second call does not train again: after Ctrl-C repeat the command. Results
+go to assets/context_NAME.json, and python -m tests.figures draws them.
 """
 import dataclasses
 import math
@@ -29,20 +29,20 @@ ROOT = Path("out/contexts")
 QUICK = "--data tests/contexts.py --steps 2 --batch_size 2 --seq_len 16"
 
 
-def trained(c, folder, flags, model=None, loss_of=None):
+def trained(c, folder, flags, make_model=None, loss_of=None):
     """A run's model, trained at the first call: train.py's flags, but for the model or the loss that is given."""
     folder = (ROOT / "quick" if c.quick else ROOT) / folder
     if not (folder / "best.pt").exists():
         shutil.rmtree(folder, ignore_errors=True)  # stopped: it begins again
-        words = [*flags.split(), "--out", str(folder), *(QUICK.split() if c.quick else [])]
-        flags, _ = train.parse(train.Flags, words, "")
-        torch.manual_seed(flags.seed)
-        model = LM(train.make_config(flags)) if model is None else model()
-        corpus, objective = train.load_data(flags)
-        where = (0, 1, train.pick_device(flags.device))
-        if train.fit(flags, where, model, {}, corpus, objective, loss_of):
+        words = [*flags.split(), "--device", c.device, "--out", str(folder)]
+        run_flags, _ = train.parse(train.Flags, words + (QUICK.split() if c.quick else []), "")
+        torch.manual_seed(run_flags.seed)
+        model = make_model() if make_model else LM(train.make_config(run_flags))
+        corpus, objective = train.load_data(run_flags)
+        where = (0, 1, train.pick_device(c.device))
+        if train.fit(run_flags, where, model, {}, corpus, objective, loss_of):
             raise KeyboardInterrupt
-    return load(folder)[0]
+    return load(folder, c.device)[0]
 
 
 def validation(c, count=400_000):
@@ -51,8 +51,8 @@ def validation(c, count=400_000):
 
 
 def rows_by_position(c, model, length, **row):
-    """Rows of bits per byte by position, over at most 24 windows of validation text, each read in one piece by
-    attention, which then needs no mask, else in pieces of 512."""
+    """Rows of bits per byte by position, over at most 24 windows of validation text. Attention reads a window at once,
+    for which torch needs no mask in memory; other layers in pieces of 512."""
     data = validation(c)
     length = min(length, len(data))
     stride = max(length, (len(data) - length) // 23)
@@ -67,7 +67,7 @@ def rows_by_position(c, model, length, **row):
 
 
 def study_mamba3(c):
-    """By minutes, then by steps at several learning rates, and Mamba-2 with one tap of its convolution, which is none."""
+    """By minutes, then by steps at several learning rates; and Mamba-2 whose convolution has one tap, so it is none."""
     runs = {"mamba2, 2 minutes": "--minutes 2", "mamba3, 2 minutes": "--layer mamba3 --minutes 2"}
     for lr in (2.5e-3, 5e-3, 1e-2):
         runs[f"mamba3, 1,000 steps, lr {lr}"] = f"--layer mamba3 --steps 1000 --lr {lr}"
@@ -101,7 +101,8 @@ class StatePassing:
         b = len(tokens)
         state = None
         if self.state is not None:
-            passed = torch.tensor([self.random.random() < self.p for _ in range(b)])
+            passed = [self.random.random() < self.p for _ in range(b)]
+            passed = torch.tensor(passed, device=tokens.device)
             state = tuple(type(s)(*(self.choose(passed, t) for t in s)) for s in self.state)
         logits, after = model(tokens, state)
         self.state = tuple(type(s)(*(t.detach() for t in s)) for s in after)
@@ -132,8 +133,8 @@ def study_carry(c):
             loss_of = StatePassing(p) if p else prediction_loss
             more = f"--steps {steps} --lr 1e-3 --warmup 10 --seed 2"
             model = trained(c, f"carry_{layer}_{p}", more, copy, loss_of)
-            bits = [evaluate(model, validation(c, 10**6), *shape, carried=carried)[0]
-                    for shape, carried in (((128, 64), False), ((128, 64), True))]
+            bits = [evaluate(model, validation(c, 10**6), 128, 64, carried=carried)[0]
+                    for carried in (False, True)]
             rows += tell([{"table": "carried", "path": layer, "passed": p,
                            "windows": bits[0], "carried": bits[1]}])
             rows += rows_by_position(c, model, 64 if c.quick else 2**14, path=layer, passed=p)
@@ -147,11 +148,12 @@ LENGTH = 256  # of training
 FACTOR = 4    # by which attention is stretched
 
 
-def stretched(c, base, how):
-    """base with its rotary positions slowed for a context FACTOR times as long, all positions seen.
+def stretched(base, how="plain"):
+    """base without its window, and but for plain with its rotary positions slowed for a context FACTOR times as long.
 
     interpolation (2306.15595) slows every pair of channels by FACTOR; ntk raises the base so that the fastest pair
-    stays and the slowest is slowed by FACTOR; parts (YaRN's, 2309.00071, Llama 3.1's) slows what turned less than once.
+    stays and the slowest is slowed by FACTOR; parts (YaRN, 2309.00071, with Llama 3.1's bounds) slows pairs that turned
+    less than once in LENGTH, leaves those that turned more than 4 times, and mixes between.
     """
     config = base.config
     size = config.d_model // config.n_head
@@ -165,8 +167,8 @@ def stretched(c, base, how):
 
 
 def repeated(c, model, distance, size=32, count=32):
-    """Bits per byte of `size` bytes of text that stand `distance` bytes earlier too, and of the same bytes there."""
-    data = torch.from_numpy(validation(c).astype("int64"))
+    """Bits per byte of `size` bytes of text, the same as those `distance` bytes before them."""
+    data = torch.from_numpy(validation(c).astype("int64")).to(c.device)
     size = min(size, distance // 2)
     starts = torch.arange(count) * ((len(data) - distance) // count)
     rows = torch.stack([data[s:s + distance + size] for s in starts.tolist()])
@@ -186,24 +188,24 @@ def repeated(c, model, distance, size=32, count=32):
 
 
 def study_lengths(c):
-    """Equal bytes: 800 steps of 8 windows of 256; then 100 steps of 4 windows of 1,024 for attention."""
+    """Equal bytes, 800 steps of 8 windows of 256; then, for attention alone, 100 steps of 4 windows of 1,024."""
     steps = f"--steps 800 --seq_len {LENGTH}"
     flags = {"attention": f"--layer attention --d_model 144 --lr 2e-3 {steps}",
              "mamba2": f"--layer mamba2 {steps}", "mamba3": f"--layer mamba3 {steps}",
              "hybrid": f"--layer mamba2,attention --n_layer 4 --d_model 160 {steps}"}
     models = {name: trained(c, f"lengths_{name}", line) for name, line in flags.items()}
     base = models.pop("attention")
-    models["hybrid"] = stretched(c, models["hybrid"], "plain")
+    models["hybrid"] = stretched(models["hybrid"])
     long = f"--steps 100 --batch_size 4 --seq_len {FACTOR * LENGTH} --lr 5e-4 --warmup 10"
     for how in ("plain", "interpolation", "ntk", "parts"):
-        models[f"attention, {how}, not tuned"] = stretched(c, base, how)
+        models[f"attention, {how}, not tuned"] = stretched(base, how)
         models[f"attention, {how}"] = trained(c, f"lengths_{how}", long,
-                                              lambda: stretched(c, base, how))
+                                              lambda: stretched(base, how))
     rows = []
     for name, model in models.items():
         rows += rows_by_position(c, model, 64 if c.quick else 16 * LENGTH, path=name)
         for distance in (LENGTH, 4 * LENGTH, 16 * LENGTH):
-            distance = distance // 16 if c.quick else distance - 32
+            distance = distance // 16 if c.quick else distance - 32  # the window ends at its length
             rows += tell([{"table": "repeated", "path": name, "distance": distance,
                            "bpb": repeated(c, model, distance)}])
     return rows
@@ -212,7 +214,7 @@ def study_lengths(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. OverFill
 
-PROMPT = 128  # bytes that the large model reads
+PROMPT = 128  # bytes before the switch
 
 
 def filled(teacher):
@@ -228,8 +230,9 @@ def filled(teacher):
 
 @torch.inference_mode()
 def after_the_switch(c, reader, writer):
-    """Nats of each of PROMPT bytes that the writer predicts from the state in which the reader leaves a prompt."""
-    data = torch.from_numpy(validation(c).astype("int64"))
+    """Nats of each of PROMPT bytes that the writer predicts from the reader's state. The writer itself reads the last
+    byte of the prompt, so that it can predict the first one after it."""
+    data = torch.from_numpy(validation(c).astype("int64")).to(c.device)
     half = 16 if c.quick else PROMPT
     nats = []
     for rows in data.unfold(0, 2 * half, 2 * half)[:1024].split(64):

@@ -25,7 +25,8 @@ RAMP = " .:-=+*#%@"  # for dt from 0.01 to 1, in equal ratios
 
 
 class Layer(NamedTuple):
-    """The arguments with which a layer of Mamba-2 called ssd for a text of l bytes, and what follows from them."""
+    """The arguments with which a layer of Mamba-2 called ssd for a text of l bytes, and what follows from them. One dt
+    does both: a head that writes much of a byte erases much of what was there, by decay = exp(dt A)."""
     x: torch.Tensor   # (l, nh, p)
     dt: torch.Tensor  # (l, nh), the step size: how much of a byte a head writes into its state
     A: torch.Tensor   # (nh,)
@@ -44,19 +45,20 @@ class Layer(NamedTuple):
 
     @property
     def L(self):
-        """L_ij = exp(dt_i A + ... + dt_{j+1} A): what head h still has of byte j at byte i, (nh, l, l)."""
+        """L_ij = exp(dt_i A + ... + dt_{j+1} A): what a head still has of byte j at byte i, (nh, l, l)."""
         return _decays((self.dt * self.A).T)
 
     @property
     def matrix(self):
-        """L * (C B^T), masked attention without softmax, which maps dt x to y: (nh, l, l)."""
+        """L * (C B^T), masked attention without softmax, which maps dt x to y - D x: (nh, l, l)."""
         scores = self.C.transpose(0, 1) @ self.B.permute(1, 2, 0)  # (g, l, l)
         return self.L * _per_head(scores, len(self.A), 0)
 
 
 @torch.no_grad()
 def look(model, text):
-    """A Layer for each layer of Mamba-2 in the model, which reads the bytes of text: ssd notes what it is given."""
+    """A Layer for each layer of Mamba-2 in the model, other kinds not counted, as it reads the bytes of text: ssd notes
+    what it is given."""
     seen = []
     ssd = model_module.ssd
 
@@ -78,7 +80,7 @@ def table(layers, text):
     kinds = {name: torch.tensor(chosen) for name, chosen in kinds.items() if any(chosen)}
     line = text.splitlines()[-1]
     first = len(text.rstrip(b"\r\n")) - len(line)
-    yield "% of a head's state that a byte erases, and dt of the last line's bytes: ' ' 0.01, '@' 1"
+    yield "% of a head's state that a byte erases; dt of the last line, from ' ' below 0.016 to '@' above 0.63"
     names = "".join(f"{name:>8}" for name in kinds)
     yield f"layer head half gone after  {names}  {line.decode('ascii', 'replace')}"
     for i, layer in enumerate(layers):
