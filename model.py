@@ -16,9 +16,9 @@ sides of every position and have no state.
                              +- dt ------------------------^         |
                              +- z -------------------------- silu ---+
 
-    Mamba-3         in_proj -+- x -----------------> ssd_scan -------+ * -> out_proj
-                             +- B, C -> norm, + bias, turn by theta dt ^
-                             +- dt, A, w -----------------^          |
+    Mamba-3         in_proj -+- x ------------------------> ssd_scan + * -> out_proj
+                             +- B, C -> norm, + bias, turn ----^     |
+                             +- dt, A, w, theta ---------------^     |
                              +- z -------------------------- silu ---+
 
 To add a mixer, write a class like the ones below and add it to MIXERS: its __init__ takes the Config, its last map is
