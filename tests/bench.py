@@ -694,6 +694,20 @@ def write_both(model, drafter, prompts, count, k, temperature):
             "speedup": plain / fast}
 
 
+@torch.inference_mode()
+def call_costs(model, prompt, widths):
+    """ms of a call that reads more bytes of a text, by their number, as it is and compiled for that number."""
+    _, state = prefill(model, prompt)
+    rows = []
+    for path, call in (("eager", model), ("compiled", torch.compile(model, dynamic=False))):
+        for width in widths:
+            window = prompt[:, :width].contiguous()
+            times = [timed(lambda: call(window, state)) for _ in range(40)]
+            rows += tell([{"table": "a call", "path": path, "width": width,
+                           "ms": 1e3 * statistics.median(times[10:])}])
+    return rows
+
+
 def bench_speculate(c):
     """Bytes per call of the target, and time against plain writing, by drafter, guesses and temperature.
 
@@ -708,7 +722,7 @@ def bench_speculate(c):
     count = 8 if c.quick else 200
     starts = (0,) if c.quick else (50_000, 200_000, 350_000)
     prompts = [torch.tensor([corpus.val[start:start + 100].tolist()]) for start in starts]
-    rows = []
+    rows = call_costs(target, prompts[0], (1, 2) if c.quick else (1, 5, 9, 17, 33))
     for name, drafter in drafters.items():
         write_both(target, drafter, prompts[:1], 8, 2, 1.0)  # threads and libraries set up
         cells = [(k, temperature) for k in GUESSES[name] for temperature in (1.0, 0.0)]
