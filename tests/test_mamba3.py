@@ -104,6 +104,7 @@ def test_all_of_the_state_turns():
 
 
 def test_an_initial_state_in_numbers():
+    """A state that was handed over: phi, h, and the B and x of the position before."""
     _, inputs = golden_inputs()
     state = Mamba3State(wave(13, 1, 2, 1), wave(14, 1, 2, 3, 4), wave(15, 1, 2, 4), wave(16, 1, 2, 3))
     y, _ = without_skip(golden_layer()).recur(*inputs, state, None)
@@ -114,6 +115,7 @@ def test_an_initial_state_in_numbers():
 
 
 def test_the_gradients_in_numbers():
+    """Those of the published step reference, to every input."""
     leaves, inputs = golden_inputs()
     mixer = golden_layer()
     y, state = mixer.recur(*inputs, None, None)
@@ -132,6 +134,7 @@ def test_the_gradients_in_numbers():
 
 
 def test_the_whole_block_in_numbers():
+    """From the projection in to the projection out, as the published module computes it."""
     mixer = golden_layer()
     with torch.no_grad():
         for name, c in (("in_proj.weight", 1), ("dt_bias", 2), ("B_bias", 3), ("C_bias", 4), ("B_norm.weight", 5),
