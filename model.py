@@ -424,11 +424,15 @@ class Mamba3(nn.Module):
         copies = self.heads // B.shape[2]
         B = B.repeat_interleave(copies, dim=2) + self.B_bias[:, 0]  # (b, l, nh, n)
         C = C.repeat_interleave(copies, dim=2) + self.C_bias[:, 0]
-        phi = (theta[:, :, None] * dt[..., None]).cumsum(1)  # (b, l, nh, pairs)
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # a sum of many turns
+        phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
         if state is None:
             no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
             state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)
-        phi = phi + state.phi[:, None]
+        if state.x.shape != x[:, 0].shape:
+            raise ValueError(f"a state's x has shape {tuple(state.x.shape)}, "
+                             f"expected {tuple(x[:, 0].shape)}")
+        phi = ((phi + state.phi[:, None]) % (2 * math.pi)).to(dt.dtype)
         B = turn(B, phi)
         C = turn(C, phi)
         e = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
@@ -439,7 +443,7 @@ class Mamba3(nn.Module):
         end = x.shape[1] if upto is None else upto
         phi, B, x = (t[:, end - 1].clone() if end else old  # no view of all
                      for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
-        return y, Mamba3State(phi % (2 * math.pi), H - outer(e[:, end] * x, B), B, x)
+        return y, Mamba3State(phi, H - outer(e[:, end] * x, B), B, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,8 +840,9 @@ def load(path, device="cpu"):
         require(plain, "its weights are no floats")
         weights = {name: t.contiguous() for name, t in weights.items()}  # not expanded
         if layout is None:  # half precision is for a small file, not for computing
-            weights = {name: t.to(torch.promote_types(t.dtype, torch.float32))
-                       for name, t in weights.items()}
+            double = any(t.dtype == torch.float64 for t in weights.values())
+            dtype = torch.float64 if double else torch.float32
+            weights = {name: t.to(dtype) for name, t in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

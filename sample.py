@@ -431,7 +431,7 @@ def check(c):
 def first_ckpt():
     """The default --ckpt: the run that train.py makes by default, or before that the same one as it is shipped."""
     path = Path("out/mamba2")
-    if path.exists():
+    if path.exists() or not SHIPPED.exists():
         return str(path)
     print(f"no {path} yet; this is assets/{SHIPPED.name}, a run that is shipped", file=sys.stderr)
     return str(SHIPPED)

@@ -82,7 +82,7 @@ def recall(length, batch, seed, step, pairs=0):
     others.
     """
     rng = generator("recall", length, seed, step)
-    require(2 * pairs < length and pairs <= len(KEYS), f"recall: {pairs} pairs do not fit "
+    require(0 <= 2 * pairs < length and pairs <= len(KEYS), f"recall: {pairs} pairs do not fit "
             f"into {length} bytes and {len(KEYS)} keys")
     most = min(max(length // 4, 1), len(KEYS))
     keys = rng.permuted(np.tile(KEYS, (batch, 1)), axis=1)

@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import shutil
 import statistics
 import sys
 import tempfile
@@ -652,14 +653,15 @@ GUESSES = {"counts": (2, 4, 8, 12, 16), "bytes": (1, 2, 4, 6, 8), "words": (1, 2
 
 
 def train_once(folder, flags, program=train):
-    """Make a run in folder with train.py, or another program, unless it has ended; one that was stopped is resumed.
-
-    Only a run's end validates, and so writes best.pt.
+    """Make a run in folder with train.py, or another program, unless it has ended; one that was stopped is resumed, or
+    begins again if it had not saved yet. Only a run's end validates, and so writes best.pt.
     """
     if (folder / "best.pt").exists():
         return
     print(f"\n{folder}", flush=True)
     resume = ["--resume"] if (folder / "last.pt").exists() else []
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
     status = program.main([*flags.split(), "--out", str(folder), *resume])
     if status:
         raise SystemExit(status)  # the program has said why

@@ -164,7 +164,7 @@ def take(path):
     names = {"__name__": "mine"}
     try:
         exec(compile(Path(path).read_bytes(), str(path), "exec"), names)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     taken = {name: plain(names, name) for name in EXERCISES}
     taken = {name: theirs for name, theirs in taken.items() if theirs not in (None, ours(name))}

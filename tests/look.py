@@ -4,6 +4,7 @@
     python -m tests.look --ckpt out/mine --text "a = f(b)"
 """
 import math
+import os
 import string
 import sys
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def main(argv):
     model, _ = load(path)
     fits = model.config.vocab == 256 and "mamba2" in model.config.kinds
     require(fits, f"--ckpt {path} is no model of bytes with a layer of mamba2")
-    text = c.text.encode() or Path(__file__).read_bytes()
+    text = os.fsencode(c.text) or Path(__file__).read_bytes()
     for line in table(look(model, text), text):
         print(line)
     return 0

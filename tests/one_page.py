@@ -41,6 +41,9 @@ def write(path, text, count):
     file = torch.load(path, map_location="cpu", weights_only=True)
     w = {name: weight.double().numpy() for name, weight in file["model"].items()}
     config = file["config"]
+    plain = {"norm": "rms", "n_group": 1, "bias": False, "conv_bias": True, "merges": ()}
+    if {*config["layers"]} != {"mamba2"} or not plain.items() <= config.items():
+        sys.exit(f"{path} is no plain Mamba-2 over bytes")
     mixers = []
     states = []
     for i in range(len(config["layers"])):
@@ -62,4 +65,6 @@ def write(path, text, count):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not sys.argv[2]:
+        sys.exit(__doc__)
     sys.stdout.buffer.write(write(sys.argv[1], sys.argv[2].encode(), 200) + b"\n")

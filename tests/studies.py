@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -378,10 +379,17 @@ def train_by_two(runs, root):
     root.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn").Process
     processes = [spawn(target=train_all, args=(runs[i::2], root / f"log{i}.txt")) for i in (0, 1)]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # theirs: Ctrl-C is this process's affair
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    signal.signal(signal.SIGINT, before)
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()  # train.py saves
+            process.join()
     require(not any(process.exitcode for process in processes), f"a run failed: see {root}/log*.txt")
 
 

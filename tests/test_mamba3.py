@@ -190,6 +190,21 @@ def test_with_equal_weights_a_layer_is_the_trapezoid():
     close(state.h[:, 0], h, 1e-10)
 
 
+def test_the_angle_of_a_long_text_stays_exact_in_float32():
+    """Thousands of turns are summed in float64 and kept modulo 2 pi: one call, and pieces, near float64."""
+    torch.manual_seed(0)
+    mixer = Mamba3(Config(("mamba3",), d_model=16, d_state=16, head_dim=8)).requires_grad_(False)
+    mixer.in_proj.weight[-4:] *= 20
+    mixer.dt_bias.fill_(1.0)
+    u = torch.randn(1, 10_000, 16)
+    once, _ = mixer(u)
+    first, state = mixer(u[:, :7_000])
+    then, _ = mixer(u[:, 7_000:], state)
+    want, _ = mixer.double()(u.double())
+    for got in (once, torch.cat([first, then], dim=1)):
+        assert (got - want).abs().max() < 2e-6 * want.abs().max()
+
+
 def test_small_decays_keep_their_gradient_in_float32():
     """Why u and log a go apart into ssd_scan: |dt A| = 1e-6 costs no digits."""
     torch.manual_seed(0)

@@ -219,6 +219,9 @@ def test_a_state_fits_the_model_that_it_comes_from_alone(kind):
     for other in (state[:1], state + state[:1]):
         with pytest.raises(ValueError):
             model(x, other)
+    one_text = tuple(type(s)(*(t[:1] if t.ndim else t for t in s)) for s in state)
+    with pytest.raises((ValueError, RuntimeError)):
+        model(x, one_text)
 
 
 @every_kind
@@ -552,6 +555,16 @@ def failure(path):
         load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
+
+
+def test_a_file_of_mixed_precision_loads_in_one(tmp_path):
+    """The widest, and float32 at least."""
+    for part, dtype in (("norm_f", F64), ("layers", torch.float16)):
+        model = make("mamba2", torch.float32)
+        getattr(model, part).to(dtype)
+        save(tmp_path / "m.pt", model)
+        want = F64 if dtype == F64 else torch.float32
+        assert {p.dtype for p in load(tmp_path / "m.pt")[0].parameters()} == {want}
 
 
 @every_kind
