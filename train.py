@@ -783,7 +783,7 @@ class Flags(RunFlags):
         require_type("--layer", self.layer, str)
         known = ENCODER_MIXERS if encoder else MIXERS
         for kind in self.layer.split(","):
-            require(kind in known, f'--layer "{kind}" is not one of {", ".join(known)}')
+            require(kind in known, f"--layer {kind or '(nothing)'} is not one of {', '.join(known)}")
         self.block = self.block or ("gated" if encoder else "")
         name = self.objective if encoder else self.layer.replace(",", "+")
         self.out = self.out or f"out/{name}"
