@@ -67,12 +67,13 @@ def rows_by_position(c, model, length, **row):
 
 
 def study_mamba3(c):
-    """By minutes, then by steps at several learning rates; and Mamba-2 whose convolution has one tap, so it is none."""
-    runs = {"mamba2, 2 minutes": "--minutes 2", "mamba3, 2 minutes": "--layer mamba3 --minutes 2"}
+    """By steps at several learning rates, then by minutes; and Mamba-2 whose convolution has one tap, so it is none."""
+    runs = {}
     for lr in (2.5e-3, 5e-3, 1e-2):
         runs[f"mamba3, 1,000 steps, lr {lr}"] = f"--layer mamba3 --steps 1000 --lr {lr}"
         runs[f"mamba2, 1,000 steps, lr {lr}"] = f"--steps 1000 --lr {lr}"
     runs["mamba2 without convolution, 1,000 steps"] = "--steps 1000"
+    runs |= {f"{layer}, 2 minutes": f"--layer {layer} --minutes 2" for layer in ("mamba2", "mamba3")}
     rows = []
     for name, flags in runs.items():
         one_tap = dataclasses.replace(train.make_config(train.Flags()), d_conv=1)
