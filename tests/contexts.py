@@ -117,7 +117,7 @@ class StatePassing:
 
 
 def study_carry(c):
-    """Runs of about two minutes in windows of 128; then a tenth more, plain and with states passed on."""
+    """Runs in windows of 128; then a tenth of their steps more, plain and with states passed on."""
     sizes = {"s4d": "--layer s4d --n_layer 7 --steps 1000",
              "mamba": "--layer mamba --d_model 184 --steps 700",
              "mamba2": "--layer mamba2 --steps 1500"}
