@@ -6,6 +6,7 @@
     decode      writing, bytes/s, against the same, and ms per byte as the context grows
     s4          kernels, training, the error of convolutions against steps, what a HiPPO state remembers
     published   loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
+    calls       a call of the model by how many bytes it reads, eager and compiled: what speculation has to pay
     speculate   speculative against plain writing, by drafter and guesses; trains its models first
     gpu         the kernels beside the GPU's limits, and captured decoding
 
@@ -697,15 +698,18 @@ def write_both(model, drafter, prompts, count, k, temperature):
 
 
 @torch.inference_mode()
-def call_costs(model, prompt, widths):
-    """ms of a call that reads more bytes of a text, by their number, as it is and compiled for that number."""
-    _, state = prefill(model, prompt)
+def bench_calls(c):
+    """ms of a call of speculate's target, random weights, by how many bytes it reads: eager, and compiled for each."""
+    shape = {"d_model": 160, "head_dim": 32, "d_state": 32, "tie": False}
+    model = LM(Config(("mamba2",) * (1 if c.quick else 12), **shape)).eval()
+    text = torch.randint(256, (1, 100))
+    _, state = prefill(model, text)
     rows = []
     for path, call in (("eager", model), ("compiled", torch.compile(model, dynamic=False))):
-        for width in widths:
-            window = prompt[:, :width].contiguous()
-            times = [timed(lambda: call(window, state)) for _ in range(40)]
-            rows += tell([{"table": "a call", "path": path, "width": width,
+        for width in (1, 2) if c.quick else (1, 5, 9, 17, 33):
+            window = text[:, :width].contiguous()
+            times = [timed(lambda: call(window, state)) for _ in range(60)]
+            rows += tell([{"table": "a call", "path": path, "bytes": width,
                            "ms": 1e3 * statistics.median(times[10:])}])
     return rows
 
@@ -724,7 +728,7 @@ def bench_speculate(c):
     count = 8 if c.quick else 200
     starts = (0,) if c.quick else (50_000, 200_000, 350_000)
     prompts = [torch.tensor([corpus.val[start:start + 100].tolist()]) for start in starts]
-    rows = call_costs(target, prompts[0], (1, 2) if c.quick else (1, 5, 9, 17, 33))
+    rows = []
     for name, drafter in drafters.items():
         write_both(target, drafter, prompts[:1], 8, 2, 1.0)  # threads and libraries set up
         cells = [(k, temperature) for k in GUESSES[name] for temperature in (1.0, 0.0)]
@@ -824,8 +828,8 @@ def bench_gpu(c):
 # 10. The command line
 
 BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
-              "s4": bench_s4, "published": bench_published, "speculate": bench_speculate,
-              "gpu": bench_gpu}
+              "s4": bench_s4, "published": bench_published, "calls": bench_calls,
+              "speculate": bench_speculate, "gpu": bench_gpu}
 
 
 def hardware():
