@@ -268,6 +268,7 @@ class _Scan(torch.autograd.Function):
     reaches h_t as an output, and g_t all that reaches it, also through later states. Then, with torch's rule for
     complex numbers,
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
+    backward returns one gradient per argument of forward, None for the function; _once forbids second derivatives.
     """
 
     @staticmethod
@@ -639,7 +640,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
 
 
 def _selective_naive(x, dt, A, B, C, h):
-    """The definition, one step at a time."""
+    """The definition, one step at a time, from the state h: y (b, l, d), D left to the caller, and the last h."""
     ys = []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         Abar, Bbar = discretize(dt_t[:, :, None], A, B_t[:, None], "mamba")  # (b, d, n)

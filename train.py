@@ -616,8 +616,8 @@ class Run:
             v = self.model.config.vocab
             guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if self.unit else ""
             self.bar.write(f"step 0      loss {nats:.3f}{guess}")
-        if self.step == 20 and not self.c.minutes:
-            minutes = (self.c.steps - 20) * took / 60
+        minutes = (self.c.steps - 20) * took / 60
+        if self.step == 20 and not self.c.minutes and minutes > 1:
             self.bar.write(f"            about {minutes:.0f} minutes at this speed; "
                            "to train for fewer: --minutes N")
         loss = f"{bpb:.3f} {self.unit}" if self.unit else f"loss {nats:.3f}"
@@ -687,7 +687,10 @@ def finish(run):
     report(run, run.validate())
     use = "--draft" if run.model.config.merges else "--ckpt"
     fill = ' --fill "what is ____ in the middle"' if run.model.config.block else ""
-    print(f"saved       {run.folder}/best.pt; try: python sample.py {use} {run.folder}{fill}")
+    then = f"sample.py {use} {run.folder}{fill}"
+    if run.objective.task:
+        then = f"train.py --eval_only --out {run.folder} --seq_len {2 * run.c.seq_len}"
+    print(f"saved       {run.folder}/best.pt; try: python {then}")
 
 
 def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="train.py"):
@@ -806,8 +809,8 @@ def make_config(c, merges=()):
     """The model's shape by the flags: the kinds of --layer in turn, SwiGLU beside attention only, attention's window
     that of training, the head untied as in MambaByte.
 
-    A hybrid has one n for all its layers, the smallest of their own: none then costs more than it does alone. An encoder
-    has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
+    A hybrid has one n for all its layers, the smallest of their own: none then costs more than it does alone. An
+    encoder has BiGS's proportions, m = 3 d_model and 64 modes, and the mask as a symbol beside the bytes.
     """
     kinds = c.layer.split(",")
     require(len(kinds) <= c.n_layer, f"--layer {c.layer} names {len(kinds)} layers, more than "

@@ -77,12 +77,12 @@ EXERCISES = {
         "test_a_mamba_block_spelt_out",
         "test_any_split_of_a_sequence_gives_the_whole_sequence[mamba-",
         "test_the_state_after_a_prefix_has_not_read_the_rest[mamba-"),
-        ("causal_conv", "selective_scan")),
+        ("MambaState", "causal_conv", "selective_scan")),
     "Mamba3.recur": Exercise("model", "test_mamba3", 45, "both ends of a step; a state that turns", (
         "test_the_recurrence_in_numbers",
         "test_an_initial_state_in_numbers",
         "test_the_block_spelt_out",
-        "test_the_gradients_in_numbers"), ("outer", "turn", "ssd_scan")),
+        "test_the_gradients_in_numbers"), ("Mamba3State", "outer", "turn", "ssd_scan")),
     "exact": Exercise("sample", "test_speculate", 30, "speculation leaves the distribution alone", (
         "test_a_perfect_drafter_is_always_believed",
         "test_the_text_has_the_targets_distribution_exactly",
@@ -128,7 +128,10 @@ def text_of(name, blank=True):
     about = [f"{name} of {e.module}.py, {e.minutes} minutes: {e.learns}.",
              "Write the body, and run: pytest --mine=my.py"]
     for other in e.read:
-        about += ["", f"{other}{inspect.signature(names[other])}", inspect.getdoc(names[other])]
+        if inspect.isclass(names[other]):
+            about += ["", inspect.getsource(names[other])]
+        else:
+            about += ["", f"{other}{inspect.signature(names[other])}", inspect.getdoc(names[other])]
     if e.read_module:
         about += ["", module.__doc__.strip()]
     about = [f"# {line}".rstrip() for line in "\n".join(about).splitlines()]
