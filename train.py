@@ -729,6 +729,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
                 train(run, model)
                 if world > 1:  # the rest is process 0's; the others need not wait
                     dist.barrier()
+                    del model  # its threads use the group
                     dist.destroy_process_group()
                 if run.rank == 0 and not run.stopped:
                     finish(run)
