@@ -199,6 +199,7 @@ def load_download(name, cache):
     source = next((cache / form for form in item.forms if (cache / form).exists()), part)
     if source == part:
         download(name, part)
+        source = part if part.exists() else target  # another process may have been faster
     data = unpack(source)
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 == item.sha256 and source != target:
