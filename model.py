@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
 from data.files import UserError, require, require_type, whole_file
-from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, s4, s4d, s4d_init, s4d_kernel,
+from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_init, s4d_kernel,
                   selective_scan, ssd, ssd_scan)
 
 MASK = 256  # the token that stands for a masked byte
@@ -349,7 +349,7 @@ class Mamba2(nn.Module):
 
 
 class Mamba3State(NamedTuple):
-    phi: torch.Tensor  # (b, nh, pairs), how far the pairs of B's and C's numbers that turn have turned
+    phi: torch.Tensor  # (b, nh, pairs), by how much the pairs of B's and C's numbers have turned
     h: torch.Tensor    # (b, nh, p, n)
     B: torch.Tensor    # (b, nh, n), of the last position, normed, biased and turned
     x: torch.Tensor    # (b, nh, p), of the last position
@@ -408,7 +408,7 @@ class Mamba3(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # r -> -1 - r, or -1/(1 - r) if r < 0
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - r, or -1/(1 - r) if r < 0
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
                               state, upto)
@@ -422,9 +422,8 @@ class Mamba3(nn.Module):
             H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t,
         since H_{t-1} decays by the a_t that the earlier term wants. At the end, e_l = 0 and H is h.
         """
-        copies = self.heads // B.shape[2]
-        B = B.repeat_interleave(copies, dim=2) + self.B_bias[:, 0]  # (b, l, nh, n)
-        C = C.repeat_interleave(copies, dim=2) + self.C_bias[:, 0]
+        B = per_head(B, self.heads, 2) + self.B_bias[:, 0]  # (b, l, nh, n)
+        C = per_head(C, self.heads, 2) + self.C_bias[:, 0]
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # a sum of many turns
         phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
         if state is None:

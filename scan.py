@@ -813,8 +813,8 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
 
 def _ssd_naive(u, log_a, B, C, h0, end):
     """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
-    B = _per_head(B, u.shape[2], 2)
-    C = _per_head(C, u.shape[2], 2)
+    B = per_head(B, u.shape[2], 2)
+    C = per_head(C, u.shape[2], 2)
     ys = []
     hs = [h0]
     for u_t, a_t, B_t, C_t in zip(u.unbind(1), log_a.exp().unbind(1), B.unbind(1), C.unbind(1)):
@@ -824,7 +824,7 @@ def _ssd_naive(u, log_a, B, C, h0, end):
     return torch.stack(ys, dim=1), hs[end]
 
 
-def _per_head(t, heads, dim):
+def per_head(t, heads, dim):
     """For each head what its group has along dim; one group broadcasts as it is."""
     groups = t.shape[dim]
     return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
@@ -885,7 +885,7 @@ def _decays(log_a):
 def _attend(u, log_a, B, C, h0):
     """y_i = a_i ... a_0 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     heads = u.shape[1]
-    scores = _decays(log_a) * _per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
+    scores = _decays(log_a) * per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
     from_h0 = h0.unflatten(1, (C.shape[1], -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l)
     from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
     return torch.addcmul(scores @ u, log_a.cumsum(-1).exp()[..., None], from_h0)
@@ -895,7 +895,7 @@ def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))
     to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
-    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l), a product per group
+    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
     from_u = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
     return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)
 

@@ -752,7 +752,8 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. The script
 
-D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}  # the mixers' own, for --d_state 0
+# the mixers' own state sizes, for --d_state 0
+D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}
 
 
 @dataclass
@@ -786,8 +787,9 @@ class Flags(RunFlags):
         self.layer = self.layer or ("s4d" if encoder else "mamba2")
         require_type("--layer", self.layer, str)
         known = ENCODER_MIXERS if encoder else MIXERS
+        names = ", ".join(known)
         for kind in self.layer.split(","):
-            require(kind in known, f"--layer {kind or '(nothing)'} is not one of {', '.join(known)}")
+            require(kind in known, f"--layer {kind or '(nothing)'} is not one of {names}")
         self.block = self.block or ("gated" if encoder else "")
         name = self.objective if encoder else self.layer.replace(",", "+")
         self.out = self.out or f"out/{name}"

@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import train
 from data.corpus import load_corpus
 from model import LM, Config, load
 from tests.bench import run, tell
-from tests.studies import by_position, window_nats
+from tests.studies import by_position, each_nats, read_through, window_nats, with_config
 from train import evaluate, keep_memory, prediction_loss, script, surprise
 
 ROOT = Path("out/contexts")
@@ -73,7 +72,8 @@ def study_mamba3(c):
         runs[f"mamba3, 1,000 steps, lr {lr}"] = f"--layer mamba3 --steps 1000 --lr {lr}"
         runs[f"mamba2, 1,000 steps, lr {lr}"] = f"--steps 1000 --lr {lr}"
     runs["mamba2 without convolution, 1,000 steps"] = "--steps 1000"
-    runs |= {f"{layer}, 2 minutes": f"--layer {layer} --minutes 2" for layer in ("mamba2", "mamba3")}
+    for layer in ("mamba2", "mamba3"):
+        runs[f"{layer}, 2 minutes"] = f"--layer {layer} --minutes 2"
     rows = []
     for name, flags in runs.items():
         one_tap = dataclasses.replace(train.make_config(train.Flags()), d_conv=1)
@@ -124,16 +124,11 @@ def study_carry(c):
     rows = []
     for layer, flags in sizes.items():
         base = trained(c, f"carry_{layer}", flags)
-        state = base.state_dict()
         steps = int(flags.split()[-1]) // 10
         for p in (0.0, 0.5):
-            def copy():
-                model = LM(base.config)
-                model.load_state_dict(state)
-                return model
             loss_of = StatePassing(p) if p else prediction_loss
             more = f"--steps {steps} --lr 1e-3 --warmup 10 --seed 2"
-            model = trained(c, f"carry_{layer}_{p}", more, copy, loss_of)
+            model = trained(c, f"carry_{layer}_{p}", more, lambda: with_config(base), loss_of)
             bits = [evaluate(model, validation(c, 10**6), 128, 64, carried=carried)[0]
                     for carried in (False, True)]
             rows += tell([{"table": "carried", "path": layer, "passed": p,
@@ -162,9 +157,7 @@ def stretched(base, how="plain"):
               "interpolation": {"rope_scaling": (FACTOR, 1e9, 2e9, LENGTH)},
               "ntk": {"rope_base": config.rope_base * FACTOR ** (size / (size - 2))},
               "parts": {"rope_scaling": (FACTOR, 1.0, 4.0, LENGTH)}}[how]
-    model = LM(dataclasses.replace(config, window=0, **change))
-    model.load_state_dict(base.state_dict())
-    return model.eval()
+    return with_config(base, window=0, **change)
 
 
 def repeated(c, model, distance, size=32, count=32):
@@ -175,17 +168,11 @@ def repeated(c, model, distance, size=32, count=32):
     rows = torch.stack([data[s:s + distance + size] for s in starts.tolist()])
     rows[:, -size:] = rows[:, :size]
     piece = 512 if model.recurrent else distance + size
-    bits = []
-    with torch.inference_mode():
-        for group in rows.split(8 if model.recurrent else 2):
-            state = None
-            logits = []
-            for tokens in group.split(piece, dim=1):
-                out, state = model(tokens, state)
-                logits.append(out)
-            guess = torch.cat(logits, dim=1)[:, -size - 1:-1]
-            bits.append(F.cross_entropy(guess.mT, group[:, -size:], reduction="none"))
-    return torch.cat(bits).mean().item() / math.log(2)
+    nats = []
+    for group in rows.split(8 if model.recurrent else 2):
+        found = read_through(model, group[:, :-1], group[:, 1:], piece, each_nats)
+        nats.append(torch.cat(found, dim=1)[:, -size:])
+    return torch.cat(nats).mean().item() / math.log(2)
 
 
 def study_lengths(c):
@@ -239,7 +226,7 @@ def after_the_switch(c, reader, writer):
     for rows in data.unfold(0, 2 * half, 2 * half)[:1024].split(64):
         _, state = reader(rows[:, :half - 1])
         logits, _ = writer(rows[:, half - 1:-1], state, upto=0)
-        nats.append(F.cross_entropy(logits.mT, rows[:, half:], reduction="none"))
+        nats.append(each_nats(logits, rows[:, half:]))
     return torch.cat(nats)
 
 

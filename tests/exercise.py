@@ -67,7 +67,8 @@ EXERCISES = {
         "test_without_decay_it_is_causal_linear_attention[quadratic",
         "test_ssd_is_the_selective_scan_with_one_decay_a_head[quadratic",
         "test_the_initial_state_enters_linearly[quadratic",
-        "test_all_forms_agree_for_every_length"), ("ssd", "_ssd_naive", "_heads_first", "_decays", "_per_head")),
+        "test_all_forms_agree_for_every_length"),
+        ("ssd", "_ssd_naive", "_heads_first", "_decays", "per_head")),
     "causal_conv": Exercise("model", "test_model", 25, "a convolution has a state; short inputs", (
         "test_causal_conv_is_conv1d_with_padding_on_the_left",
         "test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory",
@@ -82,7 +83,7 @@ EXERCISES = {
         "test_the_recurrence_in_numbers",
         "test_an_initial_state_in_numbers",
         "test_the_block_spelt_out",
-        "test_the_gradients_in_numbers"), ("Mamba3State", "outer", "turn", "ssd_scan")),
+        "test_the_gradients_in_numbers"), ("Mamba3State", "outer", "per_head", "turn", "ssd_scan")),
     "exact": Exercise("sample", "test_speculate", 30, "speculation leaves the distribution alone", (
         "test_a_perfect_drafter_is_always_believed",
         "test_the_text_has_the_targets_distribution_exactly",
@@ -203,7 +204,8 @@ def main(argv):
         return 0
     for name, e in EXERCISES.items():
         print(f"{name:21}{e.module + '.py':11}{e.minutes:3} min  {e.learns}")
-    print("\npython -m tests.exercise NAME > my.py      then write the body, and    pytest --mine=my.py")
+    print("\npython -m tests.exercise NAME > my.py      then write the body, and    "
+          "pytest --mine=my.py")
     return 0
 
 

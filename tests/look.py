@@ -17,7 +17,7 @@ import model as model_module
 from data.files import require
 from model import load
 from sample import first_ckpt
-from scan import _decays, _per_head
+from scan import _decays, per_head
 from train import flag, parse, script
 
 SETS = {"newline": "\n", "space": " ", "a-z": string.ascii_lowercase, "A-Z": string.ascii_uppercase,
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
     def matrix(self):
         """L * (C B^T), masked attention without softmax, which maps dt x to y - D x: (nh, l, l)."""
         scores = self.C.transpose(0, 1) @ self.B.permute(1, 2, 0)  # (g, l, l)
-        return self.L * _per_head(scores, len(self.A), 0)
+        return self.L * per_head(scores, len(self.A), 0)
 
 
 @torch.no_grad()

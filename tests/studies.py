@@ -78,12 +78,14 @@ def read_through(model, tokens, targets, piece, score):
     return found
 
 
-def accuracy(model, task, length, count):
-    """Share of the targets guessed right in count windows."""
-    tokens, targets = (torch.from_numpy(t) for t in TASKS[task](length, count, 2**63, length))
-    right = read_through(model, tokens, targets, max(1, 2**16 // count),
-                         lambda logits, y: (logits.argmax(-1) == y).sum().item())
-    return sum(right) / (targets != NO_TARGET).sum().item()
+def score(model, tokens, targets, piece=2**16):
+    """Share of the targets guessed right, in all of the window and in its last quarter."""
+    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
+    hits = read_through(model, tokens, targets, piece, lambda logits, y: logits.argmax(-1) == y)
+    hits = torch.cat(hits, dim=1)
+    late = tokens.shape[1] * 3 // 4
+    return {name: (hits[:, first:].sum() / (targets[:, first:] != NO_TARGET).sum()).item()
+            for name, first in (("accuracy", 0), ("last_quarter", late))}
 
 
 def study_selection(c):
@@ -97,14 +99,20 @@ def study_selection(c):
         model, extra = load(folder / "last.pt")
         for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14):
             count = min(256, 2**20 // length)
+            windows = TASKS[task](length, count, 2**63, length)
+            share = score(model, *windows, piece=max(1, 2**16 // count))["accuracy"]
             rows += tell([{"table": task, "path": layer, "length": length, "windows": count,
-                           "accuracy": accuracy(model, task, length, count),
-                           "steps": extra["step"]}])
+                           "accuracy": share, "steps": extra["step"]}])
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Loss by position
+
+
+def each_nats(logits, targets):
+    """Nats of every target: logits (b, l, v), targets (b, l) -> (b, l)."""
+    return F.cross_entropy(logits.mT, targets, reduction="none")
 
 
 def window_nats(model, data, length, stride, batch_size, piece=512):
@@ -119,15 +127,12 @@ def window_nats(model, data, length, stride, batch_size, piece=512):
     read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
     starts = np.arange(0, len(data) - length + 1, stride)
 
-    def nats(logits, targets):  # (b, piece)
-        return F.cross_entropy(logits.mT, targets, reduction="none").cpu()
-
     rows = []
     for part in tqdm(range(0, len(starts), batch_size), leave=False, disable=None):
         index = starts[part:part + batch_size, None] + np.arange(length)  # (b, length)
         arrays = [text[index].astype(np.int64) for text in (read, data)]
         tokens, targets = (torch.from_numpy(array).to(device) for array in arrays)
-        rows.append(torch.cat(read_through(model, tokens, targets, piece, nats), dim=1))
+        rows.append(torch.cat(read_through(model, tokens, targets, piece, each_nats), dim=1).cpu())
     return torch.cat(rows)
 
 
@@ -288,12 +293,16 @@ def make_distillation(path, share, b, l, d_model, n_layer, device):
     return step
 
 
+def with_config(model, **changes):
+    """A copy of a model, its Config changed where no weight depends on it."""
+    copy = LM(dataclasses.replace(model.config, **changes)).to(model.embedding.weight)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
 def unlimited(folder, device="cpu"):
     """A run's model, attention seeing all that was read."""
-    model, _ = load(folder, device)
-    wide = LM(dataclasses.replace(model.config, window=0)).to(device).eval()
-    wide.load_state_dict(model.state_dict())
-    return wide
+    return with_config(load(folder, device)[0], window=0)
 
 
 def make_run_context(folder, context, count, device):
@@ -390,17 +399,8 @@ def train_by_two(runs, root):
         for process in processes:
             process.terminate()  # train.py saves
             process.join()
-    require(not any(process.exitcode for process in processes), f"a run failed: see {root}/log*.txt")
-
-
-@torch.inference_mode()
-def score(model, tokens, targets):
-    """Share of the targets guessed right, in all of the window and in its last quarter."""
-    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
-    hits = model(tokens, upto=0)[0].argmax(-1) == targets
-    late = tokens.shape[1] * 3 // 4
-    return {name: (hits[:, first:].sum() / (targets[:, first:] != NO_TARGET).sum()).item()
-            for name, first in (("accuracy", 0), ("last_quarter", late))}
+    failed = any(process.exitcode for process in processes)
+    require(not failed, f"a run failed: see {root}/log*.txt")
 
 
 def study_state(c):

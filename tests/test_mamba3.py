@@ -9,14 +9,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import conftest
 from model import LM, Config, Mamba3, Mamba3State, turn
 from scan import discretize, ssd_scan
 
 F64 = torch.float64
 
 
-def close(actual, expected, tol=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=F64), rtol=tol, atol=tol)
+def close(actual, expected, tol=1e-9, name="result"):
+    conftest.close(actual, torch.as_tensor(expected, dtype=F64), tol, name)
 
 
 def wave(c, *shape):

@@ -128,5 +128,5 @@ def test_the_study_of_states_trains_every_cell_in_a_folder_of_its_own():
 def test_the_study_scores_targets_only_in_the_window_and_in_its_last_quarter():
     tokens = np.arange(8)[None]
     targets = np.array([[NO_TARGET, 1, 0, 3, NO_TARGET, NO_TARGET, 6, 0]])
-    same = lambda tokens, upto: (F.one_hot(tokens, 9), None)  # guesses what it reads
+    same = lambda tokens, state: (F.one_hot(tokens, 9), None)  # guesses what it reads
     assert score(same, tokens, targets) == pytest.approx({"accuracy": 3 / 5, "last_quarter": 1 / 2})
