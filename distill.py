@@ -25,12 +25,10 @@ the norm, the random rows of dt, and A in -16 .. -1, with which a head remembers
 """
 import dataclasses
 import sys
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.bpe import in_words
 from data.corpus import load_corpus, load_tokens
@@ -110,14 +108,10 @@ def copy_attention(mixer, attention):
     mixer.dt_bias.fill_(inverse_softplus(torch.tensor(0.1)))
 
 
-def is_attention(layer):
-    return layer.startswith("attention")
-
-
 def replaced(student, other):
     """Indices of the layers that are attention in the other model and not in the student."""
     layers = enumerate(zip(student.config.layers, other.config.layers))
-    return [i for i, (own, its) in layers if is_attention(its) and not is_attention(own)]
+    return [i for i, (own, its) in layers if "attention" in its and "attention" not in own]
 
 
 def within(layers):
@@ -139,7 +133,7 @@ def make_student(source, share, mixers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stages: which parameters train, and the table that says so
+# Stages: which parameters train
 #
 # align    new mixers   each learns its attention layer's output from the teacher's input to it: a stage of our own
 # mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
@@ -152,68 +146,33 @@ def freeze(student, stage, new):
         p.requires_grad_(stage == "all" or name.startswith(within(new)))
 
 
-MAPPED = "Q, K, V, O -> C, B, x, out_proj"
-REST = "z, dt, A, D, convolution, norm"
-
-
-def inventory(student, new, mixers):
-    """Rows (part, copied or new, trained or frozen, its parameters) that add up to the student."""
-    table = Counter()
-    for name, p in student.named_parameters():
-        fate = "trained" if p.requires_grad else "frozen"
-        origin = "new" if mixers == "scratch" or name.startswith(within(new)) else "copied"
-        part = "MLP" if ".mlp." in name else "embedding, norms, head"
-        mapped = 0  # numbers that the map sets
-        if ".mixer." in name:
-            i = int(name.split(".")[1])
-            kind = student.config.layers[i].removesuffix("+mlp")
-            part = REST if kind == "mamba2" else kind
-            if part == REST and "in_proj" in name:
-                mapped = sum(student.layers[i].mixer.conv_parts) * p.shape[1]
-            elif part == REST and "out_proj" in name:
-                mapped = p.numel()
-        table[MAPPED, "copied" if mixers == "attention" else origin, fate] += mapped
-        table[part, origin, fate] += p.numel() - mapped
-    return [(*row, count) for row, count in table.items() if count]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses, in nats: means over positions. The released code divides by windows alone, so that its KL begins at 20,000,
 # and a weight means something else for every window length.
 
 
 def divergence(log_a, log_b):
-    """KL(a || b), summed over positions."""
-    return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
-
-
-def match_window(student, teacher, targets, kl, reverse_kl, ce):
-    """match of one window, summed over its positions: student (l, v), teacher (l, v) or None, targets (l,)."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    log_student = torch.log_softmax(student, -1, dtype=wide)
-    loss = ce * F.nll_loss(log_student, targets, reduction="sum")
-    if teacher is not None:
-        log_teacher = torch.log_softmax(teacher, -1, dtype=wide)
-        if kl:
-            loss = loss + kl * divergence(log_teacher, log_student)
-        if reverse_kl:
-            loss = loss + reverse_kl * divergence(log_student, log_teacher)
-    return loss
+    """KL(a || b), the mean over positions."""
+    return F.kl_div(log_b, log_a, log_target=True, reduction="batchmean")
 
 
 def match(student, teacher, targets, kl, reverse_kl, ce):
     """kl KL(t || s) + reverse_kl KL(s || t) - ce log s[target],   s = softmax(student), t = softmax(teacher).
 
     The reverse divergence is M1's (2504.10449). student (b, l, v), teacher likewise or None if only ce counts, targets
-    (b, l). Window by window, and again in the backward pass: of the tensors (l, v) between logits and loss, 1 GB each
-    for a Llama's v = 128,256 and l = 2,048, no more than one window's are in memory.
+    (b, l). It holds a few tensors of the logits' size: 8 MB each for 8 x 1,024 bytes, 1 GB for one window of 2,048
+    tokens of a Llama's 128,256.
     """
-    total = 0.0
-    teachers = [None] * len(targets) if teacher is None else teacher.unbind()
-    for window in zip(student.unbind(), teachers, targets):
-        total = total + checkpoint(match_window, *window, kl, reverse_kl, ce,
-                                   use_reentrant=False, preserve_rng_state=False)
-    return total / targets.numel()
+    wide = torch.promote_types(student.dtype, torch.float32)
+    log_s = torch.log_softmax(student.flatten(0, 1), -1, dtype=wide)  # (b l, v)
+    loss = ce * F.nll_loss(log_s, targets.flatten())
+    if teacher is not None:
+        log_t = torch.log_softmax(teacher.flatten(0, 1), -1, dtype=wide)
+        if kl:
+            loss = loss + kl * divergence(log_t, log_s)
+        if reverse_kl:
+            loss = loss + reverse_kl * divergence(log_s, log_t)
+    return loss
 
 
 def align_loss(student, seen):
@@ -284,12 +243,12 @@ def load_text(name, config):
     return load_corpus(name) if reads_bytes else load_tokens(name, config.vocab)
 
 
-def show(c, teacher, student, new, corpus):
-    """The table of parameters, and how far the student is from its teacher before the first step."""
-    kept = [i for i, layer in enumerate(student.config.layers) if is_attention(layer)]
-    print(f"student     attention stays in layers {kept}; --stage {c.stage}")
-    for part, origin, fate, count in inventory(student, new, c.mixers):
-        print(f"            {part:40}{count:>12,}  {origin:8}{fate}")
+def show(c, teacher, student, corpus):
+    """What is trained, and how far the student is from its teacher before the first step."""
+    kept = [i for i, layer in enumerate(student.config.layers) if "attention" in layer]
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    print(f"student     attention stays in layers {kept}; --stage {c.stage} trains {trained:,} "
+          f"of {sum(p.numel() for p in student.parameters()):,} parameters")
     glance = in_words(corpus, teacher.config.merges).val[:GLANCE]
     bits = [evaluate(m, glance, c.seq_len, c.batch_size)[0] for m in (teacher, student)]
     unit = "byte" if teacher.config.vocab == 256 else "token"
@@ -316,7 +275,7 @@ def main(argv):
             f"and --keep_attention {c.keep_attention} leaves none")
     freeze(student, c.stage, new)
     if rank == 0 and not resumed:
-        show(c, teacher, student, replaced(student, source), corpus)
+        show(c, teacher, student, corpus)
     return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new),
                script="distill.py")
 

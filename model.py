@@ -21,9 +21,7 @@ sides of every position and have no state.
                              +- dt, A, w, theta ---------------^     |
                              +- z -------------------------- silu ---+
 
-To add a mixer, write a class like the ones below and add it to MIXERS: its __init__ takes the Config, its last map is
-called out_proj, a list `slow` names parameters that learn slowly, if there are any, and tensors that are no parameters
-are made in forward.
+To add a mixer, write a class like the ones below and add it to MIXERS; README has the rules.
 """
 import dataclasses
 import math
@@ -36,7 +34,7 @@ import torch.nn.functional as F
 
 from data.bpe import check_merges
 from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
-from data.files import UserError, require, require_type, whole_file
+from data.files import UserError, bounded, check_fields, require, require_one_of, whole_file
 from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_init, s4d_kernel,
                   selective_scan, ssd, ssd_scan)
 
@@ -50,41 +48,40 @@ class Config:
     With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS.
     """
     layers: tuple = ("mamba2",) * 4
-    d_model: int = 256
-    vocab: int = 256
+    d_model: int = bounded(256, low=1)
+    vocab: int = bounded(256, low=1)
     merges: tuple = ()        # of byte pairs, where the tokens are words (data/bpe.py)
     tie: bool = True          # the head shares the embedding's weight
-    norm: str = "rms"         # rms (weight only) or layer (weight and bias)
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    norm: str = bounded("rms", one_of=("rms", "layer"))  # weight only, or weight and bias
+    norm_eps: float = bounded(1e-5, high=1)
+    dropout: float = bounded(0.0, high=0.99)
 
-    d_state: int = 16         # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
-    expand: int = 2           # Mamba, -2, -3: channels d = expand * d_model; encoder: m likewise
-    d_conv: int = 4           # k, taps of the causal convolution of Mamba and Mamba-2
-    bias: bool = False        # of their projections in and out; no released model has one
+    d_state: int = bounded(16, low=1)  # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
+    expand: int = bounded(2, low=1)    # Mamba, -2, -3: channels d = expand * d_model; encoder: m
+    d_conv: int = bounded(4, low=1)    # k, taps of the causal convolution of Mamba and Mamba-2
+    bias: bool = False                 # of their projections in and out; no released model has one
     conv_bias: bool = True
-    head_dim: int = 64        # p, Mamba-2 and Mamba-3
-    n_group: int = 1          # g, Mamba-2 and Mamba-3
-    impl: str = "auto"        # of selective_scan; naive has second derivatives
+    head_dim: int = bounded(64, low=1)  # p, Mamba-2 and Mamba-3
+    n_group: int = bounded(1, low=1)    # g, Mamba-2 and Mamba-3
+    impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # of selective_scan
 
-    n_head: int = 4           # attention
-    n_kv_head: int = 4        # heads of k and v, each shared by n_head / n_kv_head queries
+    n_head: int = bounded(4, low=1)     # attention
+    n_kv_head: int = bounded(4, low=1)  # heads of k and v, each shared by n_head / n_kv_head queries
     window: int = 0           # each position sees the last `window` positions; 0 = all
-    rope_base: float = 10000.0
-    rope_scaling: tuple = ()  # Llama 3.1's four numbers, see slow_down
+    rope_base: float = bounded(10000.0, low=1, high=1e30)
+    rope_scaling: tuple = ()  # Llama 3.1's four numbers, see rotate
     d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, rounded up
 
     block: str = ""           # encoder: gated or stacked
-    gelu: str = "tanh"        # encoder: of its blocks, tanh (approximate) or none (exact)
+    gelu: str = bounded("tanh", one_of=("tanh", "none"))  # encoder: approximate or exact
     n_position: int = 0       # encoder: rows of a learned table of positions; 0 = none
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type is tuple and isinstance(value, list):
-                value = tuple(value)
-                setattr(self, f.name, value)
-            require_type(f.name, value, f.type)
+            if f.type is tuple and isinstance(value, list):  # as JSON has them
+                setattr(self, f.name, tuple(value))
+        check_fields(self)
         ropes = self.rope_scaling
         require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
                 f"rope_scaling {ropes!r:.80} is not four positive numbers")
@@ -94,21 +91,9 @@ class Config:
                 "bytes and the merges")
         check_merges(self.merges)
         require(self.layers, "a model needs at least one layer")
-        mixers = ENCODER_MIXERS if self.block else MIXERS
-        for layer in self.layers:
-            require_one_of("layer", layer if self.block else layer.removesuffix("+mlp"), mixers)
         require_one_of("block", self.block, ["", *BLOCKS])
-        require_one_of("norm", self.norm, ["rms", "layer"])
-        require_one_of("gelu", self.gelu, ["tanh", "none"])
-        require_one_of("impl", self.impl, ["auto", "triton", *SELECTIVE_SCANS])
-        for name in ("d_model", "vocab", "d_state", "expand", "d_conv", "head_dim", "n_head",
-                     "n_kv_head", "n_group"):
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is not positive")
-        for name, low, high in (("norm_eps", 0, 1), ("dropout", 0, 0.99), ("rope_base", 1, 1e30),
-                                ("window", 0, 2**62), ("d_mlp", 0, 2**62),
-                                ("n_position", 0, 2**62)):
-            value = getattr(self, name)
-            require(low <= value <= high, f"{name} {value} is not from {low} to {high}")
+        for kind in self.layers if self.block else self.kinds:
+            require_one_of("layer", kind, ENCODER_MIXERS if self.block else MIXERS)
         self.d_mlp = self.d_mlp or math.ceil(self.d_model / 12) * 32
         if "attention" in self.kinds:
             self.require_multiple("d_model", 2 * self.n_head,
@@ -137,10 +122,6 @@ class Config:
     def kinds(self):
         """The mixers in use, a set of names."""
         return {layer.removesuffix("+mlp") for layer in self.layers}
-
-
-def require_one_of(name, value, known):
-    require(value in known, f'{name} "{value}" is not one of {", ".join(filter(None, known))}')
 
 
 def complex_of(pairs):
@@ -283,8 +264,7 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds weights
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
-        A = -torch.arange(1.0, n + 1)  # S4D-Real
-        self.A_log = nn.Parameter(torch.log(-A).repeat(d, 1))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
@@ -456,26 +436,20 @@ class AttentionState(NamedTuple):
     position: torch.Tensor  # (), how many positions have passed
 
 
-def slow_down(frequency, factor, low, high, length):
-    """Llama 3.1's rotary scaling, for a context factor times longer than the length of pretraining.
-
-    A channel that turned fewer than `low` times in that length is slowed down by the factor, one that turned more than
-    `high` times stays as it is, and those between are mixed in proportion.
-    """
-    kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / factor)
-
-
 def rotate(x, position, base, scaling=()):
     """Rotary positions (Su et al. 2021), Llama's layout: channels i and i + size/2 turn by position * base^(-2i/size).
 
-    x (b, l, heads, size), its first position given; scaling, if any, for slow_down; angles are float32 or wider.
+    x (b, l, heads, size), its first position given; angles are float32 or wider. scaling is Llama 3.1's, for a context
+    longer than that of pretraining: channels that turned fewer than `low` times in that length are slowed down by a
+    factor, those with more than `high` turns stay as they are, and between the two they are mixed in proportion.
     """
     half = x.shape[3] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
-        frequency = slow_down(frequency, *scaling)
+        factor, low, high, length = scaling
+        kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     positions = position + torch.arange(x.shape[1], device=x.device, dtype=dtype)
     angle = positions[:, None, None] * frequency  # (l, 1, half)
     cos = angle.cos().to(x.dtype)
@@ -533,9 +507,7 @@ class Attention(nn.Module):
             return self.attend(q, k, v, is_causal=l > 1), state
         query = torch.arange(keys - l, keys, device=x.device)[:, None]
         distance = query - torch.arange(keys, device=x.device)  # (l, keys)
-        mask = distance >= 0
-        if self.window:
-            mask &= distance < self.window
+        mask = (distance >= 0) & (distance < (self.window or keys))
         return self.attend(q, k, v, attn_mask=mask), state
 
 
@@ -552,8 +524,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-STATES = [S4State, MambaState, Mamba3State, AttentionState]
-torch.serialization.add_safe_globals(STATES)  # saved states load
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
           "attention": Attention}
 
@@ -597,6 +567,7 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        self.recurrent = "attention" not in c.kinds  # whose state grows with the text
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
@@ -606,9 +577,10 @@ class LM(nn.Module):
             self.embedding.weight = self.lm_head.weight
 
     def forward(self, tokens, state=None, upto=None, last=False):
-        if tokens.ndim != 2 or upto is not None and not 0 <= upto <= tokens.shape[1]:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), "
-                             f"and upto is {upto}, expected from 0 to l")
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), l >= 1")
+        if upto is not None and not 0 <= upto <= tokens.shape[1]:
+            raise ValueError(f"upto is {upto}, expected from 0 to l, {tokens.shape[1]}")
         x = self.embedding(tokens)
         states = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):
@@ -617,11 +589,6 @@ class LM(nn.Module):
         if last:
             x = x[:, -1:]
         return self.lm_head(self.norm_f(x)), tuple(states)
-
-    @property
-    def recurrent(self):
-        """True if no layer is attention: the state has one size from the first byte on."""
-        return "attention" not in self.config.kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,12 +728,8 @@ class Encoder(nn.Module):
 
     def forward(self, tokens, state=None, upto=None):
         x = self.embedding(tokens)
-        l = tokens.shape[1]
         if self.position_table is not None:
-            if l > self.config.n_position:
-                raise ValueError(f"{l} tokens, but the table of positions has "
-                                 f"{self.config.n_position}")
-            x = x + self.position_table.weight[:l]
+            x = x + self.position_table.weight[:tokens.shape[1]]
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = layer(x)
@@ -801,17 +764,11 @@ def save(path, model, layout="own", **extra):
 
 
 def find_weights(path):
-    """The file that path is, or has inside: best.pt, last.pt, or a published checkpoint's."""
-    require(path.exists(), f"no checkpoint at {path}; train one: python train.py --out "
-                           f"{path.parent if path.suffix == '.pt' else path}")
-    if not path.is_dir():
-        return path
-    for name in ("best.pt", "last.pt"):
-        if (path / name).exists():
-            return path / name
-    found = find(path)
-    require(found, f"no best.pt or last.pt in {path}, nor one of {', '.join(FILES)}; "
-                   f"train one: python train.py --out {path}")
+    """The file that path is, or the first of FILES inside."""
+    advice = f"; train one: python train.py --out {path.parent if path.suffix == '.pt' else path}"
+    require(path.exists(), f"no checkpoint at {path}{advice}")
+    found = find(path) if path.is_dir() else path
+    require(found, f"no {', '.join(FILES)} in {path}{advice}")
     return found
 
 
@@ -835,14 +792,11 @@ def load(path, device="cpu"):
         weights = extra.pop("model")
         wrong = misfits(layout, model.state_dict(), weights)
         require(not wrong, wrong)
-        plain = all(t.is_floating_point() and t.layout == torch.strided and not t.is_meta
-                    for t in weights.values())
+        plain = all(t.is_floating_point() and not t.is_meta for t in weights.values())
         require(plain, "its weights are no floats")
-        weights = {name: t.contiguous() for name, t in weights.items()}  # not expanded
-        if layout is None:  # half precision is for a small file, not for computing
-            double = any(t.dtype == torch.float64 for t in weights.values())
-            dtype = torch.float64 if double else torch.float32
-            weights = {name: t.to(dtype) for name, t in weights.items()}
+        double = any(t.dtype == torch.float64 for t in weights.values())
+        dtype = torch.float64 if double else torch.float32  # half is for small files alone
+        weights = {name: t.to(dtype).contiguous() for name, t in weights.items()}  # not expanded
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e

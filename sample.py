@@ -45,8 +45,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     require(highest.isfinite().all(), "the model's logits are not finite; take an earlier checkpoint")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits - highest  # the largest is 0, so nothing overflows
-    logits = logits / max(temperature, 1e-30)
+    logits = (logits - highest) / max(temperature, 1e-30)  # the largest is 0: no overflow
     if 0 < top_k < logits.shape[-1]:
         order = logits.argsort(dim=-1, descending=True, stable=True)  # keeps exactly k in a tie
         logits = logits.scatter(-1, order[..., top_k:], -torch.inf)
@@ -77,7 +76,7 @@ def prefill(model, tokens, state=None):
 @torch.inference_mode()
 def generate(model, tokens, count, distribution, generator=None, step=None, batch=1):
     """Yields a list of b tokens count times, after the prompts (b, l >= 1), or after one prompt, read once, for a batch
-    of texts. step is fast_step's, or the model."""
+    of texts. step is the model, compiled or not."""
     step = model if step is None else step
     logits, state = prefill(model, tokens)
     if batch > 1:  # the first axis of a state's tensors is the batch, but for single numbers
@@ -93,60 +92,17 @@ def generate(model, tokens, count, distribution, generator=None, step=None, batc
 
 
 @torch.inference_mode()
-def capture_step(step, token, state):
-    """One token's step recorded as a CUDA graph, which launches its kernels without Python; the bits are the same.
-
-    The state lives in buffers of the graph. A call overwrites the state and the logits that the last call returned (to
-    keep them, clone), and copies in a state that comes from elsewhere. Under autocast, capture and call in one context.
-    """
-    token = token.clone()
-    own = tuple(type(layer)(*(t.clone() for t in layer)) for layer in state)  # the graph's
-
-    def copy_in(state):
-        torch._foreach_copy_(list(chain(*own)), list(chain(*state)))
-
-    def advance():
-        logits, state = step(token, own)
-        copy_in(state)
-        return logits
-
-    with torch.cuda.device_of(token):  # whose streams these are to be
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up, which must not be recorded
-                advance()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # waits for all streams
-            logits = advance()
-
-    def captured(next_token, state):
-        if state is not own:
-            copy_in(state)
-        token.copy_(next_token)
-        graph.replay()
-        return logits, own
-
-    return captured
-
-
-@torch.inference_mode()
-def fast_step(model, token, compiled=False):
-    """The fastest step for tokens like token (b, 1): compiled if asked for, captured on CUDA without attention."""
-    captured = token.is_cuda and model.recurrent  # a cache may grow
-    if not (compiled or captured):
-        return model
-    state = model(token)[1]
-    step = torch.compile(model) if compiled else model
-    if compiled:
-        print("compiling", file=sys.stderr)
-        token = token.clone(memory_format=torch.contiguous_format)  # as drawn tokens are
-        try:
-            step(token, state)
-        except Exception as e:  # torch has a class for every compiler that may be missing
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise UserError(f"--compile does not work here ({reason}); run without it") from e
-    return capture_step(step, token, state) if captured else step
+def compiled_step(model, token):
+    """model by torch.compile, compiled for tokens like token (b, 1) now, so that an error comes before the text."""
+    print("compiling", file=sys.stderr)
+    step = torch.compile(model)
+    token = token.clone(memory_format=torch.contiguous_format)  # as drawn tokens are
+    try:
+        step(token, model(token)[1])
+    except Exception as e:  # torch has a class for every compiler that may be missing
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"--compile does not work here ({reason}); run without it") from e
+    return step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,12 +376,11 @@ class Flags:
 
 def check(c):
     """The rules between flags."""
-    if c.fill and c.prompt:
-        raise UserError("--fill and --prompt exclude each other; --fill holds all that is known")
-    if sys.stdout is None or (c.prompt == "-" and sys.stdin is None):
-        raise UserError("standard input or output is closed; open it, or give --prompt TEXT")
-    if c.draft and (c.fill or c.compile or c.batch > 1):
-        raise UserError("--draft speculates on one text; leave out --fill, --compile and --batch")
+    require(not c.fill or not c.prompt, "--fill and --prompt exclude each other; leave one out")
+    require(sys.stdout and (sys.stdin or c.prompt != "-"), "standard input or output is closed; "
+            "open it, or give --prompt TEXT")
+    require(not c.draft or not (c.fill or c.compile or c.batch > 1), "--draft speculates on one "
+            "text; leave out --fill, --compile and --batch")
 
 
 def first_ckpt():
@@ -437,35 +392,27 @@ def first_ckpt():
     return str(SHIPPED)
 
 
-def load_model(path, device, dtype):
-    model, extra = load(path, device)
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise UserError(f"{path} holds weights that are not finite; take an earlier checkpoint")
-    return model.to(dtype), extra
-
-
 def make_drafter(c, vocab, data, device, dtype):
     """The drafter that --draft names, for a model of vocab tokens that was trained on data."""
-    if c.draft in ("ngram", "counts") and vocab != 256:
-        raise UserError(f"--draft {c.draft} guesses bytes; {c.ckpt} reads tokens; draft by a model")
+    require(vocab == 256 or c.draft not in ("ngram", "counts"), f"--draft {c.draft} guesses "
+            f"bytes; {c.ckpt} reads tokens; draft by a model")
     if c.draft == "ngram":
         return CopyDrafter()
     if c.draft == "counts":
-        if not data:
-            raise UserError(f"--draft counts: {c.ckpt} does not say its corpus; try --draft ngram")
+        require(data, f"--draft counts: {c.ckpt} does not say its corpus; try --draft ngram")
         try:
             corpus = load_corpus(data).train[-COUNTED:]
         except UserError as e:
             raise UserError(f"--draft counts reads what {c.ckpt} was trained on: {e}") from e
         print(f"sorting {len(corpus):,} bytes of {data}, the last ones", file=sys.stderr)
         return CountDrafter(corpus, device)
-    if not Path(c.draft).exists():
-        raise UserError(f"--draft {c.draft}: no such checkpoint; without one: ngram, counts")
-    drafter = load_model(c.draft, device, dtype)[0]
+    require(Path(c.draft).exists(), f"--draft {c.draft}: no such checkpoint; without one: "
+            "ngram, counts")
+    drafter = load(c.draft, device)[0].to(dtype)
     config = drafter.config
-    if config.block or (256 if config.merges else config.vocab) != vocab:
-        raise UserError(f"--draft {c.draft} has a vocabulary of {config.vocab}, the model {vocab}; "
-                        "take a causal model of the same, or for bytes one of train.py --bpe")
+    fits = not config.block and vocab == (256 if config.merges else config.vocab)
+    require(fits, f"--draft {c.draft} has a vocabulary of {config.vocab}, the model {vocab}; "
+            "take a causal model of the same, or for bytes one of train.py --bpe")
     return SubwordDrafter(drafter) if config.merges else ByteDrafter(drafter)
 
 
@@ -485,15 +432,13 @@ def write(c):
     """Fills, speculates or generates, by the flags."""
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
-    model, extra = load_model(c.ckpt, device, dtype)
+    model, extra = load(c.ckpt, device)
+    model.to(dtype)
     config = model.config
     vocabulary = vocabulary_of(c.ckpt, config, extra.get("layout"), c.fill, c.crlf)
     if c.draft:
         data = extra.get("flags", {}).get("data")
         drafter = make_drafter(c, config.vocab, data, device, dtype)
-    if "attention" in config.kinds and not c.fill:
-        kept = f"its last {config.window - 1}" if config.window else "all"
-        print(f"attention keeps a cache of {kept} positions", file=sys.stderr)
     prompt = sys.stdin.buffer.read() if c.prompt == "-" else os.fsencode(c.prompt)
     ids = vocabulary.holes(os.fsencode(c.fill), c.bytes) if c.fill else vocabulary.encode(prompt)
     tokens = torch.tensor([ids], device=device)
@@ -503,7 +448,8 @@ def write(c):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
 
     def plain():
-        step = fast_step(model, tokens[:, :1].expand(c.batch, 1), c.compile)
+        first = tokens[:, :1].expand(c.batch, 1)
+        step = compiled_step(model, first) if c.compile else model
         return generate(model, tokens, c.bytes, distribution, generator, step, c.batch)
 
     with cast:

@@ -63,28 +63,20 @@ except ImportError as error:  # everything but section 6 runs without
 
 
 def _check(function, **tensors):
-    """{letter: size} of the axes, from name=(tensor or None, "b l d"); ValueError names what does not fit."""
+    """{letter: size} of the axes, from name=(tensor, "b l d"); ValueError names what does not fit."""
     sizes = {}
     for name, (tensor, letters) in tensors.items():
-        if tensor is None:
+        if not isinstance(tensor, Tensor):
             continue
         axes = letters.split()
         shape = tuple(tensor.shape)
-        if len(shape) == len(axes):
-            expected = tuple(sizes.setdefault(a, size) for a, size in zip(axes, shape))
-        if len(shape) != len(axes) or shape != expected:
+        fits = len(shape) == len(axes)
+        if not fits or any(sizes.setdefault(a, s) != s for a, s in zip(axes, shape)):
             known = ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes)
             raise ValueError(f"{function}: {name} has shape {shape}, expected ({known})")
     if sizes.get("l") == 0:
         raise ValueError(f"{function} needs at least one step, but the length l is 0")
     return sizes
-
-
-def _check_real(function, *tensors):
-    """ValueError unless all are real floating-point numbers."""
-    for t in tensors:
-        if t is not None and not t.is_floating_point():
-            raise ValueError(f"{function} takes real floats here, not {t.dtype}")
 
 
 def _steps(upto, l):
@@ -97,13 +89,15 @@ def _steps(upto, l):
 
 
 def _once(backward):
-    """A backward that refuses to be differentiated again. (torch's own once_differentiable misses some ways to ask.)"""
+    """A backward that refuses to be differentiated again (torch's own once_differentiable misses some ways to ask), and
+    computes in the dtypes that it is given, whatever autocast says."""
     @functools.wraps(backward)
     def first(ctx, *gradients):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError('this path has first derivatives only; use impl="naive", in a model '
                                'Config(impl="naive")')
-        return backward(ctx, *gradients)
+        with _no_autocast(gradients[0].device):
+            return backward(ctx, *gradients)
     return first
 
 
@@ -137,17 +131,6 @@ def _choose(impl, auto, paths):
 def _skip(y, x, D):
     """y + D x, or y where there is no D."""
     return y if D is None else torch.addcmul(y, x, D)
-
-
-def _compiles_triton(gpu):
-    return torch.cuda.get_device_capability(gpu) >= (8, 0)
-
-
-def _takes_triton(x, n):
-    """Whether impl="auto" runs section 6: Triton is here and compiles for this GPU, and it can be worth it."""
-    if triton is None or not x.is_cuda or torch.version.hip:
-        return False
-    return x.shape[1] > 1 and n <= 64 and _compiles_triton(x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,19 +245,17 @@ def _associative(a, b):
 
 
 class _Scan(torch.autograd.Function):
-    """A scan by a function that need not be differentiable, and its gradients by the same function.
+    """The scan in chunks, and its gradients by the same function, which need not be differentiable itself.
 
     The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that
     reaches h_t as an output, and g_t all that reaches it, also through later states. Then, with torch's rule for
     complex numbers,
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
-    backward returns one gradient per argument of forward, None for the function; _once forbids second derivatives.
     """
 
     @staticmethod
-    def forward(ctx, forward_scan, a, b, h0):
-        h = forward_scan(a, b, h0)
-        ctx.forward_scan = forward_scan
+    def forward(ctx, a, b, h0):
+        h = _chunks_then_carries(a, b, h0)
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -284,9 +265,9 @@ class _Scan(torch.autograd.Function):
         a, h, h0 = ctx.saved_tensors
         nothing = torch.zeros_like(a[:, :1])  # comes after the last step
         a_next = torch.cat([a[:, 1:], nothing], dim=1).conj()
-        g = ctx.forward_scan(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
+        g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
         h_before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
-        return None, g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
+        return g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
 
 
 def _chunks_then_carries(a, b, h):
@@ -321,8 +302,7 @@ def _chunks_then_carries(a, b, h):
     return out
 
 
-SCANS = {"naive": _scan_naive, "parallel": _scan_parallel,
-         "chunked": functools.partial(_Scan.apply, _chunks_then_carries)}
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _Scan.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
@@ -353,18 +333,14 @@ def fft_conv(x, K, D=None):
 
     y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing wraps around.
     """
-    _check_real("fft_conv", x, K, D)
     l = x.shape[1]
     if K.shape[-1] != l:
         raise ValueError(f"fft_conv: K has {K.shape[-1]} steps, x has {l}")
     size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
-    wide = x.to(_wide_dtype(x))
+    wide, K, D = _widen(x, K, D)
     with _no_autocast(x.device):  # there is no FFT in bfloat16
-        product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K.to(wide.dtype), size).T
-        y = torch.fft.irfft(product, size, dim=1)[:, :l]
-        if D is not None:
-            y = torch.addcmul(y, wide, D.to(wide.dtype))
-        return y.to(x.dtype)
+        product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K, size).T
+        return _skip(torch.fft.irfft(product, size, dim=1)[:, :l], wide, D).to(x.dtype)
 
 
 # HiPPO: an A whose state is the whole past, written in Legendre polynomials
@@ -414,8 +390,7 @@ def dplr_legs(n):
     return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
-# The S4 kernel: A = diag(Lambda) - P P^*, bilinear rule. P P^* ties each mode to all others, also to its conjugate, so
-# both modes of a pair are computed here; S4D below needs only one of them.
+STEPWISE = {"recurrence": True, "convolution": False}  # the paths of s4 and s4d
 
 
 def dplr_discretize(dt, Lambda, P, B):
@@ -467,13 +442,12 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
     """
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
-    _check_real("s4", x, dt, D)
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
-    if _is_recurrence(impl, l):
+    if _choose(impl, "recurrence" if l == 1 else "convolution", STEPWISE):
         hs = [h]
         for x_t in wide.unbind(1):
             hs.append(times(hs[-1]) + Bbar * x_t[..., None])
@@ -485,13 +459,6 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
     for x_t in wide[:, :end].unbind(1):
         h = times(h) + Bbar * x_t[..., None]
     return y.to(x.dtype), h
-
-
-def _is_recurrence(impl, l):
-    """Whether s4 or s4d steps through l inputs."""
-    if impl not in ("recurrence", "convolution", "auto"):
-        raise ValueError(f'impl "{impl}" is not one of recurrence, convolution, auto')
-    return impl == "recurrence" or impl == "auto" and l == 1
 
 
 # S4D: A diagonal, zero-order hold. A system is n separate complex numbers
@@ -537,17 +504,15 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     auto is a recurrence for l = 1 only. The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t
     whatever x is, and h is a sum over the inputs.
     """
-    tensor_B = B if isinstance(B, torch.Tensor) else None
-    _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), B=(tensor_B, "d n"), C=(C, "d n"),
+    _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), B=(B, "d n"), C=(C, "d n"),
            D=(D, "d"), h0=(h0, "b d n"))
-    _check_real("s4d", x, dt, D)
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
     z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
     before = torch.zeros_like(wide[:, 0, :, None] * C) if h0 is None else h0
-    if _is_recurrence(impl, l):
+    if _choose(impl, "recurrence" if l == 1 else "convolution", STEPWISE):
         h = scan(Abar[None, None], Bbar * wide[..., None], before, "naive")  # (b, l, d, n)
         y = _skip((C * h).sum(-1).real, wide, D)
         return y.to(x.dtype), h[:, end - 1] if end else before
@@ -557,8 +522,8 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
         y = y + _vandermonde_times(powers, C * Abar * h0)[..., :l].mT
     if end == 0:
         return y.to(x.dtype), before
-    ends = powers if end == l else _vandermonde(z, end)
-    h = torch.exp(end * z) * before + Bbar * _inputs_in_state(ends, wide[:, :end])
+    inputs = _inputs_in_state(_vandermonde(z, end), wide[:, :end])
+    h = torch.exp(end * z) * before + Bbar * inputs
     return y.to(x.dtype), h
 
 
@@ -619,24 +584,24 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
-    _check_real("selective_scan", x, dt, A, B, C, D, h0)
-    end = _steps(upto, sizes["l"])
-    if 0 < end < sizes["l"]:
-        first = [t[:, :end] for t in (x, dt, B, C)]
-        y, _ = selective_scan(x, dt, A, B, C, D, h0, impl)
-        return y, selective_scan(*first[:2], A, *first[2:], None, h0, impl)[1]
-    if impl == "triton" or impl == "auto" and _takes_triton(x, sizes["n"]):
+    b, l, d, n = (sizes[a] for a in "bldn")
+    end = _steps(upto, l)
+    dtype = _wide_dtype(x, dt, A, B, C, D, h0)
+    if dtype.is_complex:
+        raise ValueError(f"selective_scan takes real floats here, not {dtype}")
+    h0 = x.new_zeros(b, d, n, dtype=dtype) if h0 is None else h0.to(dtype)
+    if impl == "triton" or impl == "auto" and x.is_cuda and l > 1 and not _why_no_triton(x, n):
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
-        if end == 0:
-            h = torch.zeros_like(h) if h0 is None else h0.to(h.dtype)
-        return y, h
-    wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
-    if h0 is None:
-        h0 = wide.new_zeros(sizes["b"], sizes["d"], sizes["n"])
-    path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SELECTIVE_SCANS)
-    with _no_autocast(x.device):
-        y, h = path(wide, dt, A, B, C, h0)
-        return _skip(y, wide, D).to(x.dtype), h if end else h0
+    else:
+        path = _choose(impl, "naive" if l == 1 else "chunked", SELECTIVE_SCANS)
+        wide, *rest, D_wide = _widen(x, dt, A, B, C, D)
+        with _no_autocast(x.device):
+            y, h = path(wide, *rest, h0)
+            y = _skip(y, wide, D_wide).to(x.dtype)
+    if 0 < end < l:
+        x, dt, B, C = (t[:, :end] for t in (x, dt, B, C))
+        h = selective_scan(x, dt, A, B, C, None, h0, impl)[1]
+    return y, h if end else h0
 
 
 def _selective_naive(x, dt, A, B, C, h):
@@ -693,11 +658,7 @@ class ChunkedSelectiveScan(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx, dy, dh):
-        with _no_autocast(dy.device):
-            return ChunkedSelectiveScan.gradients(*ctx.saved_tensors, dy, dh)
-
-    @staticmethod
-    def gradients(x, dt, A, B, C, starts, dy, dh):
+        x, dt, A, B, C, starts = ctx.saved_tensors
         b, l, d = x.shape
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
@@ -784,7 +745,6 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     or auto, which is chunked (naive for one step).
     """
     _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"), D=(D, "nh"))
-    _check_real("ssd", x, dt, A, D)
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     y, h = ssd_scan(dt[..., None] * wide, dt * A, B, C, h0, impl, upto)
     return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
@@ -798,7 +758,6 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
     """
     sizes = _check("ssd", u=(u, "b l nh p"), log_a=(log_a, "b l nh"), B=(B, "b l g n"),
                    C=(C, "b l g n"), h0=(h0, "b nh p n"))
-    _check_real("ssd", u, log_a, B, C, h0)
     if sizes["g"] == 0 or sizes["nh"] % sizes["g"]:
         raise ValueError(f"ssd: {sizes['nh']} heads do not divide into {sizes['g']} groups")
     end = _steps(upto, sizes["l"])
@@ -808,20 +767,21 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(u.device):
         log_a = log_a.clamp(min=-1e30)  # -inf times a zero would be NaN
-        return path(u, log_a, B, C, h0, end)
+        y, h = path(u, log_a, B, C, h0)
+        if end < sizes["l"]:
+            h = _last_state(*_heads_first(*(t[:, :end] for t in (u, log_a, B, C))), h0)
+        return y, h
 
 
-def _ssd_naive(u, log_a, B, C, h0, end):
+def _ssd_naive(u, log_a, B, C, h):
     """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
     B = per_head(B, u.shape[2], 2)
     C = per_head(C, u.shape[2], 2)
     ys = []
-    hs = [h0]
     for u_t, a_t, B_t, C_t in zip(u.unbind(1), log_a.exp().unbind(1), B.unbind(1), C.unbind(1)):
-        h = a_t[..., None, None] * hs[-1] + u_t[..., None] * B_t[:, :, None]
+        h = a_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
-        hs.append(h)
-    return torch.stack(ys, dim=1), hs[end]
+    return torch.stack(ys, dim=1), h
 
 
 def per_head(t, heads, dim):
@@ -830,36 +790,31 @@ def per_head(t, heads, dim):
     return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
 
 
-def _ssd_quadratic(u, log_a, B, C, h0, end):
+def _ssd_quadratic(u, log_a, B, C, h0):
     """Masked attention over the whole length."""
     parts = _heads_first(u, log_a, B, C)
-    y = _attend(*parts, h0).transpose(1, 2)
-    return y, _last_state(*(t[:, :, :end] for t in parts), h0)
+    return _attend(*parts, h0).transpose(1, 2), _last_state(*parts, h0)
 
 
-def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
-    """The three steps above; a last chunk that is shorter goes by itself."""
+def _ssd_chunked(u, log_a, B, C, h0, size=32):
+    """The three steps above. The last chunk is filled up with steps of u = 0 and a = 1, which change nothing."""
     b, l = u.shape[:2]
     if l <= size:
-        return _ssd_quadratic(u, log_a, B, C, h0, end)
-    if end < l:
-        first = [t[:, :end] for t in (u, log_a, B, C)]
-        return _ssd_chunked(u, log_a, B, C, h0, l)[0], _last_state(*_heads_first(*first), h0)
-    count = l // size
-    whole = count * size
-    chunks = [t[:, :whole].unflatten(1, (count, size)) for t in (u, log_a, B, C)]
+        return _ssd_quadratic(u, log_a, B, C, h0)
+    count = math.ceil(l / size)
+    if l % size:
+        fill = (0, -l % size)  # behind the last step, where each axis after it gets a (0, 0)
+        u, log_a, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + fill) for t in (u, log_a, B, C))
+    chunks = [t.unflatten(1, (count, size)) for t in (u, log_a, B, C)]
     parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
     ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, count))  # 1, from zero
     decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
     h = scan(decays, ends, h0, "naive")  # 2
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
-    y = y.unflatten(0, (b, count)).flatten(1, 2)
-    if whole == l:
-        return y, h[:, -1].clone()  # a view would keep the states of all chunks
-    tail = [t[:, whole:] for t in (u, log_a, B, C)]
-    y_tail, h_last = _ssd_quadratic(*tail, h[:, -1], l)
-    return torch.cat([y, y_tail], dim=1), h_last
+    y = y.unflatten(0, (b, count)).flatten(1, 2)[:, :l]
+    h_last = h[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all of h
+    return y, h_last
 
 
 def _heads_first(u, log_a, B, C):
@@ -1056,9 +1011,6 @@ def _walk_back(x, dt, A, B, C, D, starts, dy, enter, scratch, dx, ddt, dA, dB, d
     tl.store(dD + sequence * d + channels, dD_sum, mask=channels < d)
 
 
-# From here on Python. A is (n, d) and states are (b, n, d): neighbouring threads read neighbouring channels
-
-
 def _constants(d, n):
     """The constants of a kernel, and the number of tiles."""
     N = triton.next_power_of_2(n)
@@ -1088,8 +1040,8 @@ def _pieces(b, l, d, n, device):
 
 
 def _cut(pieces, *tensors):
-    """Sequences (b, l, ...) in pieces (b pieces, l / pieces, ...)."""
-    return [t.unflatten(1, (pieces, t.shape[1] // pieces)).flatten(0, 1) for t in tensors]
+    """Sequences (b, l, ...) in pieces (b pieces, l / pieces, ...), contiguous."""
+    return [t.unflatten(1, (pieces, -1)).flatten(0, 1).contiguous() for t in tensors]
 
 
 def _entering(x, dt, A, B, h0, pieces, back):
@@ -1107,91 +1059,65 @@ def _entering(x, dt, A, B, h0, pieces, back):
     return (enter.flip(1) if back else enter).flatten(0, 1)
 
 
-# torch.compile does not look into an operator; a fake, which gives the shapes of its outputs, is enough. Its name holds
-# this module's, so that two copies of this file can be imported together. All tensors are contiguous.
-OPERATOR = f"bytestate_{__name__.replace('.', '_')}::selective_"
-
-
-@torch.library.custom_op(OPERATOR + "forward", mutates_args=())
-def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-             h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the states before chunks (b, chunks, n, d)."""
-    b, l, d = x.shape
-    pieces = _pieces(b, l, d, len(A), x.device)
-    x, dt, B, C = _cut(pieces, x, dt, B, C)
-    enter = _entering(x, dt, A, B, h0, pieces, back=False)
-    y, last = (torch.empty_like(t) for t in (x, enter))
-    starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)
-    _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
-    return y.view(b, l, d), last[pieces - 1::pieces].clone(), starts
-
-
-@torch.library.custom_op(OPERATOR + "backward", mutates_args=())
-def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor,
-              dy: Tensor, dh: Tensor
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, dt, A before it came times log2(e), B, C, D and h0."""
-    b, l, d = x.shape
-    pieces = _pieces(b, l, d, len(A), x.device)
-    x, dt, B, C, dy = _cut(pieces, x, dt, B, C, dy)
-    enter = _entering(dy, dt, A, C, dh, pieces, back=True)
-    constants, tiles = _constants(d, len(A))
-    scratch = A.new_empty(b * pieces, tiles, CHUNK, constants["N"], constants["DIM"])
-    dx, ddt, dA, dh0 = (torch.empty_like(t) for t in (x, dt, enter, enter))
-    dB, dC = (A.new_empty(tiles, *t.shape) for t in (B, C))
-    dD = A.new_empty(b * pieces, d)
-    _launch(_walk_back, len(A), x, dt, A, B, C, D, starts, dy, enter, scratch,
-            dx, ddt, dA, dB, dC, dD, dh0)
-    dB = dB.sum(0).to(B.dtype).view(b, l, len(A))
-    dC = dC.sum(0).to(C.dtype).view(b, l, len(A))
-    return dx.view(b, l, d), ddt.view(b, l, d), dA.sum(0), dB, dC, dD.sum(0), dh0[::pieces].clone()
-
-
-@_forward.register_fake
-def _(x, dt, A, B, C, D, h0):
-    chunks = (x.shape[1] + CHUNK - 1) // CHUNK  # the length may be a symbol
-    return torch.empty_like(x), torch.empty_like(h0), A.new_empty(x.shape[0], chunks, *A.shape)
-
-
-@_backward.register_fake
-def _(x, dt, A, B, C, D, starts, dy, dh):
-    return tuple(torch.empty_like(t) for t in (x, dt, A, B, C, D, dh))
-
-
 class _SelectiveTriton(torch.autograd.Function):
-    """Both directions. Strided inputs are copied, since a GPU reads no less than 32 bytes at a place."""
+    """Both directions. A is (n, d) and states are (b, n, d) here, so that neighbouring threads read neighbouring channels.
+    Strided inputs are copied, since a GPU reads no less than 32 bytes at a place."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, h0):
-        inputs = [t.contiguous() for t in (x, dt, A.mT * math.log2(math.e), B, C, D)]
-        y, last, starts = _forward(*inputs, h0.mT.contiguous())
-        ctx.save_for_backward(*inputs, starts)
-        return y, last.mT.contiguous()
+        b, l, d = x.shape
+        A = (A.mT * math.log2(math.e)).contiguous()
+        D = D.contiguous()
+        pieces = _pieces(b, l, d, len(A), x.device)
+        x, dt, B, C = _cut(pieces, x, dt, B, C)
+        enter = _entering(x, dt, A, B, h0.mT.contiguous(), pieces, back=False)
+        y, last = (torch.empty_like(t) for t in (x, enter))
+        starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)  # the states before chunks
+        _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
+        ctx.save_for_backward(x, dt, A, B, C, D, starts)
+        ctx.pieces = pieces
+        last = last[pieces - 1::pieces].mT.clone(memory_format=torch.contiguous_format)
+        return y.view(b, l, d), last
 
     @staticmethod
     @_once
     def backward(ctx, dy, dh):
-        outputs = dy.contiguous(), dh.mT.contiguous()
-        dx, ddt, dA, dB, dC, dD, dh0 = _backward(*ctx.saved_tensors, *outputs)
-        return dx, ddt, dA.mT, dB, dC, dD, dh0.mT
+        x, dt, A, B, C, D, starts = ctx.saved_tensors  # in pieces
+        b, l, d = dy.shape
+        n = len(A)
+        dy = _cut(ctx.pieces, dy)[0]
+        enter = _entering(dy, dt, A, C, dh.mT.contiguous(), ctx.pieces, back=True)
+        constants, tiles = _constants(d, n)
+        scratch = A.new_empty(len(x), tiles, CHUNK, constants["N"], constants["DIM"])
+        dx, ddt, dA, dh0 = (torch.empty_like(t) for t in (x, dt, enter, enter))
+        dB, dC = (A.new_empty(tiles, *t.shape) for t in (B, C))
+        dD = A.new_empty(len(x), d)
+        _launch(_walk_back, n, x, dt, A, B, C, D, starts, dy, enter, scratch,
+                dx, ddt, dA, dB, dC, dD, dh0)
+        dB = dB.sum(0).to(B.dtype).view(b, l, n)
+        dC = dC.sum(0).to(C.dtype).view(b, l, n)
+        dA = dA.sum(0).mT
+        return dx.view(b, l, d), ddt.view(b, l, d), dA, dB, dC, dD.sum(0), dh0[::ctx.pieces].mT
 
 
+def _why_no_triton(x, n):
+    """Why the kernels cannot run on x with n states, or None."""
+    if triton is None:
+        return f"Triton does not import ({no_triton})"
+    if not 1 <= n <= 64:
+        return f"its kernels take 1 to 64 states per channel, not {n}"
+    if not x.is_cuda and isinstance(_walk, triton.JITFunction):
+        return f"on {x.device} it needs TRITON_INTERPRET=1 in the environment when Python starts"
+    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return f"it compiles for compute capability 8.0 and higher, which {x.device} has not"
+    return None
+
+
+@torch.compiler.disable  # a graph ends here: torch.compile need not look into kernels
 def _selective_triton(x, dt, A, B, C, D, h0):
     """selective_scan by these kernels. x, dt, B and C keep their dtypes in memory and are widened in registers."""
-    d, n = A.shape
-    inputs = [t for t in (x, dt, A, B, C, D, h0) if t is not None]
-    why = None
-    if triton is None:
-        why = f"Triton does not import ({no_triton})"
-    elif not 1 <= n <= 64:
-        why = f"its kernels take 1 to 64 states per channel, not {n}"
-    elif not x.is_cuda and isinstance(_walk, triton.JITFunction):
-        why = f"on {x.device} it needs TRITON_INTERPRET=1 in the environment when Python starts"
-    elif x.is_cuda and not _compiles_triton(x.device):
-        why = f"it compiles for compute capability 8.0 and higher, which {x.device} has not"
+    why = _why_no_triton(x, A.shape[1])
     if why:
         raise RuntimeError(f'selective_scan: impl="triton" cannot run: {why}; use impl="chunked"')
-    wide = _wide_dtype(*inputs)
-    D = x.new_zeros(d, dtype=wide) if D is None else D.to(wide)
-    h0 = x.new_zeros(x.shape[0], d, n, dtype=wide) if h0 is None else h0.to(wide)
-    return _SelectiveTriton.apply(x, dt, A.to(wide), B, C, D, h0)
+    D = h0.new_zeros(len(A)) if D is None else D.to(h0.dtype)
+    return _SelectiveTriton.apply(x, dt, A.to(h0.dtype), B, C, D, h0)

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
@@ -35,7 +35,7 @@ except ImportError:  # on Windows, where nothing claims a folder
 
 from data.bpe import in_words, learn_merges
 from data.corpus import Corpus, compressed_bpb, load_corpus, windows
-from data.files import UserError, require, require_type, whole_file
+from data.files import UserError, bounded, check_fields, require, require_one_of
 from data.synthetic import NO_TARGET, TASKS
 from model import BLOCKS, ENCODER_MIXERS, MASK, MIXERS, Config, load, make_model, save
 
@@ -44,23 +44,9 @@ from model import BLOCKS, ENCODER_MIXERS, MASK, MIXERS, Config, load, make_model
 
 
 def flag(default, text, low=0, high=2**62, one_of=None, fixed=False):
-    """A field of a dataclass that is a command-line flag too. low and high, both included, bound a number, one_of lists
-    the values of a word, and a fixed flag belongs to the checkpoint, so that no resumed run may change it."""
-    rules = {"low": low, "high": high, "one_of": one_of, "fixed": fixed}
-    return field(default=default, metadata={"help": text, **rules})
-
-
-def check_flags(c):
-    """UserError unless every flag of the dataclass c has its type and is within its bounds, which no nan is."""
-    for f in fields(c):
-        value = getattr(c, f.name)
-        require_type(f"--{f.name}", value, f.type)
-        low, high, known = (f.metadata[name] for name in ("low", "high", "one_of"))
-        if f.type in (int, float):
-            require(low <= value <= high, f"--{f.name} {value} is not from {low} to {high}")
-        if known:
-            names = ", ".join(filter(None, known))
-            require(value in known, f"--{f.name} {value} is not one of {names}")
+    """A field of a dataclass that is a command-line flag too, with the bounds of data/files.py. A fixed flag belongs to
+    the checkpoint, so that no resumed run may change it."""
+    return bounded(default, low, high, one_of, help=text, fixed=fixed)
 
 
 def parse(cls, argv, description):
@@ -76,7 +62,7 @@ def parse(cls, argv, description):
         parser.add_argument("--" + f.name, help=text, **(switch if f.type is bool else kind))
     given = vars(parser.parse_args(argv))
     c = cls(**given)
-    check_flags(c)
+    check_fields(c, "--")
     return c, given
 
 
@@ -104,9 +90,8 @@ def script(main):
             if isinstance(e, BrokenPipeError):
                 return 130
             reason = " ".join(str(e).split())[:300] or "out of memory"
-            lower = "; lower --batch_size, --seq_len or --d_model, or give it less data"
-            way_out = lower if short else ""
-            print(f"error: {reason}{way_out}", file=sys.stderr)
+            way_out = "; lower --batch_size, --seq_len or --d_model, or give it less data"
+            print(f"error: {reason}{way_out if short else ''}", file=sys.stderr)
             return 2
     return run
 
@@ -208,7 +193,6 @@ def agree(run, nats, seconds):
 # task(length, batch, seed, step).
 
 TASK_WINDOWS = 512  # on which a task is scored
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Objective(NamedTuple):
@@ -217,16 +201,10 @@ class Objective(NamedTuple):
     task: callable = None
 
 
-def choose(k, l, seed, first, span=1):
-    """Booleans (b, l), k[i] of them True in row i, chosen at random in runs of span; and the generator to go on with.
-
-    Each run has a random number, and the k places with the smallest are chosen. l = 6, span = 2, k = 3: the runs are
-    0 1 1 2 2 3, the first cut short; numbers .7 .1 .9 .4 give the ranks 3 0 1 4 5 2, and places 1, 2 and 5.
-    """
+def choose(k, l, seed, first):
+    """Booleans (b, l), k[i] of them True in row i, chosen at random; and the generator to go on with."""
     rng = np.random.default_rng((seed, first, 1))  # 1: apart from the (seed, epoch) of windows
-    run_of = (rng.integers(span, size=(len(k), 1)) + np.arange(l)) // span  # (b, l)
-    number = np.take_along_axis(rng.random((len(k), l // span + 2)), run_of, 1)
-    rank = number.argsort(1, kind="stable").argsort(1)
+    rank = rng.random((len(k), l)).argsort(1).argsort(1)
     return rank < k[:, None], rng
 
 
@@ -235,11 +213,11 @@ def next_byte(before, targets, seed, first):
     return before, targets
 
 
-def masked_bytes(before, targets, seed, first, span=1):
+def masked_bytes(before, targets, seed, first):
     """15 % of the bytes from both sides (BERT, Devlin et al. 2019): 80 % of them are masked, 10 % replaced by any byte,
     and 10 % stay as they are, so that no byte which the model sees is beyond doubt."""
     b, l = targets.shape
-    chosen, rng = choose(np.full(b, max(1, round(0.15 * l))), l, seed, first, span)
+    chosen, rng = choose(np.full(b, max(1, round(0.15 * l))), l, seed, first)
     dice = rng.random((b, l))
     any_byte = rng.integers(256, size=(b, l))
     shown = np.where(dice < 0.8, MASK, np.where(dice < 0.9, any_byte, targets))
@@ -255,7 +233,7 @@ def masked_diffusion(before, targets, seed, first):
     (j * golden ratio) mod 1, which is uniform in the long run and spread out evenly within any few windows.
     """
     b, l = targets.shape
-    fraction = GOLDEN * (first + np.arange(b)) % 1
+    fraction = (math.sqrt(5) - 1) / 2 * (first + np.arange(b)) % 1
     chosen, _ = choose(1 + np.floor(l * fraction).astype(np.int64), l, seed, first)
     return np.where(chosen, MASK, targets), np.where(chosen, targets, NO_TARGET)
 
@@ -386,11 +364,6 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
 FILES = ("last.pt", "best.pt", "log.jsonl")
 
 
-def stamps(folder):
-    """{name: when it was written} of the files of a run that are in the folder."""
-    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
-
-
 def open_run(c, given, script):
     """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there, which has its own
     flags but for those given; saved flags that no longer exist are left out."""
@@ -399,17 +372,14 @@ def open_run(c, given, script):
     real = Path(os.path.realpath(folder))
     inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
     require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
-    files = stamps(folder)
+    files = [name for name in FILES if (folder / name).exists()]
     require(not files or (c.resume and "last.pt" in files), f"{folder} holds {', '.join(files)}; "
             "choose another --out, or go on from a last.pt with --resume")
     if not c.resume:
         return c, None
     model, extra = load(folder / "last.pt")
-    flags = extra.get("flags")
-    ours = extra.get("script") == script and flags is not None and "step" in extra
-    require(ours, f"{folder} is no run of {script}; choose another --out")
-    extra["stamps"] = files
-    saved = {name: value for name, value in flags.items() if name in vars(c)}
+    require(extra.get("script") == script, f"{folder} is no run of {script}; choose another --out")
+    saved = {name: value for name, value in extra["flags"].items() if name in vars(c)}
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}
     print(f"resuming {folder} at step {extra['step']}")
@@ -421,7 +391,7 @@ def open_run(c, given, script):
                     f"{was!r}; leave the flag out or choose another --out")
             print(f"with        --{f.name} {value} (was {was})")
     c = type(c)(**{**saved, **given, "out": c.out})
-    check_flags(c)
+    check_fields(c, "--")
     return c, (model, extra)
 
 
@@ -445,12 +415,9 @@ def claim(folder):
 
 def open_log(folder, logged):
     """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
-    path = folder / "log.jsonl"
-    known = path.read_bytes()[:logged] if path.is_file() else b""
-    known = known[:known.rfind(b"\n") + 1]  # whole lines
-    with whole_file(path) as file:
-        file.write(known)
-    return open(path, "ab", buffering=0)
+    log = open(folder / "log.jsonl", "ab", buffering=0)
+    log.truncate(min(logged, log.tell()))
+    return log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +485,7 @@ class Run:
             self.caught = number
             self.caught_at = now
         if self.interruptible:
+            self.interruptible = False  # not once more, while it is saved
             raise KeyboardInterrupt
 
     @property
@@ -528,25 +496,19 @@ class Run:
 
     def restore(self, extra):
         """Go on where a checkpoint was saved; learning rates and decay are those of this run's flags."""
-        path = self.folder / "last.pt"
-        now = self.data
         try:
             kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
             torch.set_rng_state(extra["random"].cpu())
-            sound = all(v >= 0 for name, v in kept.items() if name != "data")
-            for p, state in self.optimizer.state.items():
-                shapes = {"step": torch.Size()}
-                sound &= all(t.shape == shapes.get(name, p.shape) and t.is_contiguous()
-                             for name, t in state.items()) and len(state) == 3
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-                ValueError) as e:
-            raise UserError(f"{path} cannot be resumed: {' '.join(str(e).split())}") from e
-        require(sound, f"{path} cannot be resumed: its state is that of no run of this model")
+            fits = all(state[name].shape == p.shape for p, state in self.optimizer.state.items()
+                       for name in ("exp_avg", "exp_avg_sq"))
+            require(fits, "its optimizer is that of another model")
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{self.folder}/last.pt cannot be resumed: {e}") from e
+        require(kept["data"] == self.data, f"--data {self.c.data} has {self.data}, but this run "
+                f"has read {kept['data']}; give it that data, or choose another --out")
         vars(self).update(kept)
-        require(self.data == now, f"--data {self.c.data} has {now}, but this run has read "
-                f"{self.data}; give it that data, or choose another --out")
         self.saved_at = self.seconds
 
     def save(self, name):
@@ -710,8 +672,6 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
         run.lock = claim(run.folder)
-        require(stamps(run.folder) == extra.get("stamps", {}), "another process has just trained "
-                f"in --out {run.folder}; choose another")
         introduce(run)
         run.log = open_log(run.folder, run.logged)
     model = torch.compile(model) if c.compile else model
@@ -765,7 +725,6 @@ class Flags(RunFlags):
                       "a,b,c takes turns: a hybrid", fixed=True)
     block: str = flag("", f"of an encoder: {', '.join(BLOCKS)}", one_of=("", *BLOCKS), fixed=True)
     bpe: int = flag(0, "byte-pair merges: tokens are words, for sample.py --draft", fixed=True)
-    span: int = flag(1, "mask: bytes are masked in runs of so many", low=1)
     eval_only: bool = flag(False, "validate the checkpoint in --out and stop")
     init: str = flag("", "begin with a checkpoint's weights, in whose sizes", fixed=True)
     d_model: int = flag(192, "width", low=1, fixed=True)
@@ -785,11 +744,8 @@ class Flags(RunFlags):
         require(not encoder or self.data not in TASKS,
                 f"--data {self.data} has its own targets; leave out --objective")
         self.layer = self.layer or ("s4d" if encoder else "mamba2")
-        require_type("--layer", self.layer, str)
-        known = ENCODER_MIXERS if encoder else MIXERS
-        names = ", ".join(known)
         for kind in self.layer.split(","):
-            require(kind in known, f"--layer {kind or '(nothing)'} is not one of {names}")
+            require_one_of("--layer", kind, ENCODER_MIXERS if encoder else MIXERS)
         self.block = self.block or ("gated" if encoder else "")
         name = self.objective if encoder else self.layer.replace(",", "+")
         self.out = self.out or f"out/{name}"
@@ -802,10 +758,7 @@ def load_data(c):
         note = f"new windows in each step, {TASK_WINDOWS} to validate"
         objective = NEXT._replace(unit="bits per target", task=TASKS[c.data])
         return Corpus(c.data, none, none, note), objective
-    objective = OBJECTIVES[c.objective]
-    if c.objective == "mask":
-        objective = objective._replace(draw=partial(masked_bytes, span=c.span))
-    return load_corpus(c.data), objective
+    return load_corpus(c.data), OBJECTIVES[c.objective]
 
 
 def make_config(c, merges=()):
@@ -848,7 +801,7 @@ def eval_only(c, given):
     model, extra = load(c.out)
     saved = extra.get("flags", {}).items()  # distill.py has others
     c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
-    check_flags(c)
+    check_fields(c, "--")
     check_model(c.out, model.config, c, given)
     corpus, objective = load_data(c)
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)

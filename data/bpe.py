@@ -89,9 +89,7 @@ class BPE:
         self.bounds = {}  # likewise branches
 
     def encode(self, data):
-        """Bytes, or an array of them -> words, an array of integers; without merges the bytes themselves."""
-        if not self.merges:
-            return np.frombuffer(data, np.uint8)
+        """Bytes, or an array of them -> words, an array of integers."""
         out = array("H")
         for piece in PIECE.findall(bytes(data)):
             if piece not in self.pieces:
@@ -108,9 +106,6 @@ class BPE:
                 break
             words = merge(words, pair, 256 + self.rank[pair])
         return words
-
-    def decode(self, words):
-        return b"".join(self.words[i] for i in words)
 
     def resume(self, text, lengths):
         """Where to encode a text anew of which some beginnings, of these lengths, have been read already.

@@ -1,7 +1,8 @@
-"""The error that is shown as one line, and files that appear whole or not at all."""
+"""The error that is shown as one line, dataclasses that know their bounds, and files that appear whole or not at all."""
 import os
 import uuid
 from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
 
 
@@ -15,10 +16,33 @@ def require(holds, message):
         raise UserError(message)
 
 
-def require_type(name, value, kind):
-    """UserError unless the value is of the type itself: no bool for an int. An int will do for a float."""
-    typed = type(value) is kind or kind is float and type(value) is int
-    require(typed, f"{name} {value!r:.80} is not of type {kind.__name__}")
+def bounded(default, low=0, high=2**62, one_of=None, **more):
+    """A field of a dataclass for check_fields: low and high, both included, bound a number, one_of lists the values of a
+    word. What more there is to say stands in its metadata too."""
+    return field(default=default, metadata={"low": low, "high": high, "one_of": one_of, **more})
+
+
+def check_fields(c, prefix=""):
+    """UserError unless every field of the dataclass c is of its type (no bool for an int; an int will do for a float) and
+    within its bounds, which no nan is. A number without bounds must not be negative."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        name = f"{prefix}{f.name}"
+        typed = type(value) is f.type or f.type is float and type(value) is int
+        require(typed, f"{name} {value!r:.80} is not of type {f.type.__name__}")
+        if f.type in (int, float):
+            low = f.metadata.get("low", 0)
+            high = f.metadata.get("high", 2**62)
+            require(low <= value <= high, f"{name} {value} is not from {low} to {high}")
+        known = f.metadata.get("one_of")
+        if known:
+            require_one_of(name, value, known)
+
+
+def require_one_of(name, value, known):
+    """UserError unless the word is among those known."""
+    require(value in known, f"{name} {value or '(nothing)'} is not one of "
+            f"{', '.join(filter(None, known))}")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ a Dirichlet prior for the next (MacKay and Peto 1995).
 import numpy as np
 
 LENGTHS = (2, 4, 8)
-LONGEST = 8   # bytes of context in a 64-bit key
 PRIOR = 20    # the prior counts as much as so many bytes
 ENOUGH = 500  # places that are counted for one context
 
@@ -24,12 +23,6 @@ def copied(text, k):
     return b""
 
 
-def key(context):
-    """The last 8 bytes as a number with the last byte highest, so that contexts sort by their ends."""
-    recent = context[-LONGEST:][::-1]
-    return int.from_bytes(recent.ljust(LONGEST, b"\0"), "big")
-
-
 class NgramCounts:
     """The places of a corpus, sorted by the 8 bytes before each, from the last of them backwards.
 
@@ -40,16 +33,15 @@ class NgramCounts:
         before it   .    a    abca  ab   abcab  abc  abcabd
         follows     a    b    b     c    d      a    newline        after ab come c and d
 
+    They are sorted as numbers of 64 bits with the last byte highest.
     corpus: an array of bytes. Memory: 9 bytes per byte of it, about 30 while it is sorted.
     """
 
     def __init__(self, corpus):
         corpus = np.asarray(corpus, np.uint8)
-        keys = np.zeros(len(corpus) + 1, np.uint64)  # keys[i] is that of corpus[:i]
-        for back in range(LONGEST):
-            shift = np.uint64(56 - 8 * back)
-            source = corpus[:max(0, len(corpus) - back)].astype(np.uint64)
-            keys[back + 1:] |= source << shift
+        padded = np.concatenate([np.zeros(8, np.uint8), corpus])
+        before = np.lib.stride_tricks.sliding_window_view(padded, 8)  # (len(corpus) + 1, 8)
+        keys = np.ascontiguousarray(before).view("<u8")[:, 0]  # keys[i] is that of corpus[:i]
         order = np.argsort(keys, kind="stable")
         self.keys = keys[order]
         after = np.append(corpus, np.uint8(ord("\n")))  # the corpus ends a line
@@ -60,7 +52,7 @@ class NgramCounts:
 
         A context with 500 places or more is counted at every second, third, .. of them, 250 to 500 in all.
         """
-        place = key(context)
+        place = int.from_bytes(context[-8:].rjust(8, b"\0"), "little")
         p = np.full(256, 1 / 256)
         for n in LENGTHS:
             if n > len(context):

@@ -1,5 +1,5 @@
 """Four tasks, made in memory; each is too much for at least one kind of layer. Targets are answers, not next bytes.
-In short:
+A task gives (tokens, targets), both (batch, length). In short:
 
     selective_copy    ..c....a...f...===   ->  at each = the next letter read: c, a, f
     induction         kd#gcafejkmbh#       ->  what followed the first #: g
@@ -14,7 +14,7 @@ forget, and no number of layers counts modulo 2 at every length (Grazzi et al. 2
 """
 import numpy as np
 
-from data.files import UserError, require
+from data.files import require
 
 NO_TARGET = -100  # the target of a byte that nobody has to predict
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
@@ -24,15 +24,14 @@ KEYS = np.arange(64, 96)  # of recall: "@", "A" to "_"
 
 def generator(name, length, seed, step):
     """numpy's generator for (seed, step), as in corpus.windows. UserError if a window is too short for the task."""
-    if length < 3:
-        raise UserError(f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
+    require(length >= 3, f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
     return np.random.default_rng((seed, step))
 
 
 def selective_copy(length, batch, seed, step):
     """Letters scattered among dots, then as many `=`, whose targets are the letters in order.
 
-    tokens, targets (batch, length). There are sqrt(length) / 4 letters: 4 in 256 bytes, and 16 in 4,112, which is the
+    There are sqrt(length) / 4 letters: 4 in 256 bytes, and 16 in 4,112, which is the
     paper's size, 4,096 and the 16 to fill in.
     """
     rng = generator("selective_copy", length, seed, step)
@@ -49,10 +48,7 @@ def selective_copy(length, batch, seed, step):
 
 
 def induction(length, batch, seed, step):
-    """Random letters with a `#` somewhere and one at the end, whose target is the letter after the first.
-
-    tokens, targets (batch, length).
-    """
+    """Random letters with a `#` somewhere and one at the end, whose target is the letter after the first."""
     rng = generator("induction", length, seed, step)
     rows = np.arange(batch)
     tokens = rng.choice(LETTERS, (batch, length)).astype(np.int64)
@@ -65,10 +61,7 @@ def induction(length, batch, seed, step):
 
 
 def parity(length, batch, seed, step):
-    """Random bits; the target at every place is 1 if the ones up to it, itself included, are odd, and else 0.
-
-    tokens, targets (batch, length), of the bytes "0" and "1".
-    """
+    """Random bits; the target at every place is 1 if the ones up to it, itself included, are odd, and else 0."""
     rng = generator("parity", length, seed, step)
     bits = rng.integers(2, size=(batch, length))
     return ord("0") + bits, ord("0") + bits.cumsum(1) % 2
@@ -77,7 +70,7 @@ def parity(length, batch, seed, step):
 def recall(length, batch, seed, step, pairs=0):
     """Pairs of a key and its value, then queries: any of the keys, whose targets are their values.
 
-    tokens, targets (batch, length). The keys of a window differ, so no answer is ambiguous. Every window has so many
+    The keys of a window differ, so no answer is ambiguous. Every window has so many
     pairs, or with 0 a number of its own from 1 to length / 4, at most 32: small ones are learnt first and teach the
     others.
     """

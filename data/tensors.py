@@ -14,7 +14,7 @@ import torch
 from data.files import UserError, require
 
 FORMAT = "bytestate-1"  # what our own files call themselves
-FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json",
+FILES = ("best.pt", "last.pt", "model.safetensors.index.json", "pytorch_model.bin.index.json",
          "model.safetensors", "pytorch_model.bin")
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -22,7 +22,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def find(folder):
-    """The file of a published checkpoint: a well-known name, or else the only file that ends like one, or None."""
+    """The file of a run or a published checkpoint: the first of FILES, or else the only file that ends like one, or
+    None."""
     known = [folder / name for name in FILES if (folder / name).exists()]
     found = known[:1] or [path for path in folder.iterdir() if path.suffix in ENDINGS]
     return found[0] if len(found) == 1 else None

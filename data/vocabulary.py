@@ -78,10 +78,8 @@ def vocabulary_of(path, config, layout, fill, crlf=False):
 
 def characters(pieces):
     """Pieces of bytes as valid UTF-8: characters as soon as they are complete, and U+FFFD for what is none."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        yield decoder.decode(piece).encode()
-    yield decoder.decode(b"", final=True).encode()
+    for text in codecs.iterdecode(pieces, "utf-8", "replace"):
+        yield text.encode()
 
 
 def show(texts, raw):

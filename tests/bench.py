@@ -8,7 +8,7 @@
     published   loading and writing with a model of MambaByte-353M's shape, beside the memory's speed
     calls       a call of the model by how many bytes it reads, eager and compiled: what speculation has to pay
     speculate   speculative against plain writing, by drafter and guesses; trains its models first
-    gpu         the kernels beside the GPU's limits, and captured decoding
+    gpu         the kernels beside the GPU's limits, and decoding, eager and compiled
 
 Is my change slower? Run `python -m tests.bench train --json before.json`, change, run it again with another file, and
 compare the `seconds` of a row with those of a row that the change does not touch: a machine's speed moves from run to
@@ -47,7 +47,7 @@ import train
 from data.corpus import load_corpus
 from data.files import UserError
 from model import LM, MIXERS, Config, load, save
-from sample import (ByteDrafter, CountDrafter, SubwordDrafter, fast_step, filter_logits, generate,
+from sample import (ByteDrafter, CountDrafter, SubwordDrafter, compiled_step, filter_logits, generate,
                     prefill, speculate)
 from scan import (discretize, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
                   tl, triton)
@@ -788,13 +788,13 @@ def beside_the_floor(rows, copied, computed, b, l, d, n, dtype):
     return tell(rows)
 
 
-def make_captured(path, b, count, quick, device):
-    """count bytes for each of b texts, in bfloat16; the step captured, or launched from Python."""
+def make_decoding(path, b, count, quick, device):
+    """count bytes for each of b texts, in bfloat16."""
     model = LM(published_config(quick)).to(device).eval()
     tokens = torch.full((b, 1), 10, device=device)
     cast = torch.autocast(device.type, torch.bfloat16)
     cast.__enter__()  # while this process lives, since it keeps the narrowed weights
-    step = fast_step(model, tokens) if path == "captured" else model
+    step = compiled_step(model, tokens) if path == "compiled" else model
     return lambda: list(generate(model, tokens, count, filter_logits, step=step))
 
 
@@ -818,8 +818,8 @@ def bench_gpu(c):
     count = 2 if c.quick else 256
     for b in (1, 64):
         args = {"b": b, "count": count, "quick": c.quick}
-        cells = [Cell(path, make_captured, {"path": path, **args}, work=b * count)
-                 for path in ("captured", "eager")]
+        cells = [Cell(path, make_decoding, {"path": path, **args}, work=b * count)
+                 for path in ("eager", "compiled")]
         rows += compare("decoding, 353M", "writing", {"b": b, "count": count}, cells, c)
     return rows
 

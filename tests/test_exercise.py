@@ -107,7 +107,7 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main(["_Scan.backward"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")
-    assert "from scan import _once\n" in out and "conj(a_{t+1}) g_{t+1}" in out
+    assert "from scan import _chunks_then_carries, _once\n" in out and "conj(a_{t+1}) g_{t+1}" in out
     assert "ctx.save_for_backward(a, h, h0)" in out and "h_before" not in out
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith('error: "scan" is not one of discretize, ')

@@ -6,7 +6,6 @@ import torch
 from conftest import GPU
 
 from model import LM, Config
-from sample import capture_step, prefill
 from scan import SCANS, SELECTIVE_SCANS, SSDS, scan, selective_scan, ssd
 
 pytestmark = pytest.mark.skipif(not GPU, reason="no CUDA GPU of compute capability 8.0 or higher")
@@ -237,26 +236,8 @@ def test_more_than_two_to_the_31_numbers(device):
 
 @on_gpu
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_torch_compile_takes_the_kernels_whole(impl, device):
-    """Inductor, forward and backward, one graph."""
+def test_torch_compile_goes_around_the_kernels(impl, device):
+    """Inductor, forward and backward."""
     tensors = [t.to(device) for t in selective_scan_inputs(100)]
-    f = torch.compile(lambda *t, impl: selective_scan(*t, impl=impl), fullgraph=True)
+    f = torch.compile(lambda *t, impl: selective_scan(*t, impl=impl))
     agree(f, tensors, impl, 1e-5)
-
-
-@on_gpu
-@pytest.mark.parametrize("size", [1, 64])
-@pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3", "s4d", "s4"])
-def test_a_captured_step_writes_the_same_bits(layer, size, device):
-    """A CUDA graph of the step against the step itself, from a prompt's state, under autocast as in sample.py."""
-    torch.manual_seed(0)
-    model = LM(Config((layer,) * 2, d_model=64, head_dim=32)).to(device).eval()
-    tokens = torch.randint(256, (size, 40), device=device)
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-        captured = capture_step(model, tokens[:, :1], model(tokens[:, :1])[1])
-        _, want_state = prefill(model, tokens[:, :20])
-        state = want_state
-        for i in range(20, 40):
-            want, want_state = model(tokens[:, i:i + 1], want_state)
-            got, state = captured(tokens[:, i:i + 1], state)
-            assert torch.equal(got, want)

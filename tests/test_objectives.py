@@ -25,10 +25,9 @@ def window(b, l, seed=0):
 
 
 @pytest.mark.parametrize("l, count", [(1, 1), (3, 1), (20, 3), (101, 15)])
-@pytest.mark.parametrize("span", [1, 4])
-def test_15_percent_of_every_row_are_predicted(l, count, span):
+def test_15_percent_of_every_row_are_predicted(l, count):
     before, x = window(7, l)
-    tokens, targets = masked_bytes(before, x, 3, 0, span)
+    tokens, targets = masked_bytes(before, x, 3, 0)
     chosen = targets != NO_TARGET
     assert (chosen.sum(1) == count).all()
     assert (targets[chosen] == x[chosen]).all() and (tokens[~chosen] == x[~chosen]).all()
@@ -45,18 +44,8 @@ def test_80_percent_are_masked_10_are_random_and_10_stay():
 
 
 def test_every_position_is_chosen_equally_often():
-    for span in (1, 3):
-        chosen = masked_bytes(*window(20_000, 20), 3, 0, span)[1] != NO_TARGET
-        assert chosen.mean(0) == pytest.approx(np.full(20, 0.15), abs=0.03 if span > 1 else 0.01)
-
-
-def test_spans_hide_whole_runs():
-    """30 of 200 bytes in runs of 5: at most 7 runs, all but the last whole; single bytes make about 25."""
-    runs = {}
-    for span in (1, 5):
-        chosen = masked_bytes(*window(100, 200), 3, 0, span)[1] != NO_TARGET
-        runs[span] = (np.diff(chosen.astype(int), axis=1, prepend=0) == 1).sum(1)
-    assert runs[5].max() <= 7 and 5 < runs[5].mean() + 1 and runs[1].mean() > 20
+    chosen = masked_bytes(*window(20_000, 20), 3, 0)[1] != NO_TARGET
+    assert chosen.mean(0) == pytest.approx(np.full(20, 0.15), abs=0.01)
 
 
 @pytest.mark.parametrize("objective", [masked_bytes, masked_diffusion])
@@ -220,21 +209,19 @@ def test_defaults_of_an_encoder():
 @pytest.mark.parametrize("flags, parts", [
     ("--objective masks", ["masks", "next, mask, diffusion"]), ("--block gated", ["--block gated", "--objective mask"]),
     ("--objective mask --block square", ["square", "gated, stacked"]),
-    ("--objective mask --layer mamba", ["mamba", "s4d, attention"]),
-    ("--objective mask --span 0", ["--span 0"])])
+    ("--objective mask --layer mamba", ["mamba", "s4d, attention"])])
 def test_bad_flags_are_one_line(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_encoder_is_validated_by_its_own_objective_or_another(corpus, tmp_path, capsys):
-    go(corpus, tmp_path / "run", "--objective", "mask", "--span", 4)
+    go(corpus, tmp_path / "run", "--objective", "mask")
     flags = ["--eval_only", "--out", str(tmp_path / "run")]
-    for more, unit in ((["--span", "3"], "masked byte"), (["--objective", "diffusion"], "byte at most")):
+    for more, unit in (([], "masked byte"), (["--objective", "diffusion"], "byte at most")):
         capsys.readouterr()
         assert train.main([*flags, *more]) == 0
         assert f"bits per {unit}" in capsys.readouterr().out
-    refused(capsys, [*flags, "--span", 0], "--span 0")
     refused(capsys, [*flags, "--objective", "next"], "is for an encoder")
 
 

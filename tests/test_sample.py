@@ -1,5 +1,4 @@
 """sample.py: the distributions it draws from, generation against recomputation, streaming, any bytes, bad input."""
-import contextlib
 import functools
 import io
 import itertools
@@ -8,12 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sample
 from model import LM, Config, save
-from sample import fast_step, filter_logits, generate, main, prefill
+from sample import compiled_step, filter_logits, generate, main, prefill
 
 F64 = torch.float64
 SIZES = dict(d_model=16, d_state=5, head_dim=8, n_head=2, n_kv_head=1, d_mlp=7)
@@ -188,49 +185,6 @@ def test_memory_is_constant_however_much_is_written(kind, bounded_after):
     assert len(sizes) == 59 and len(set(sizes[bounded_after:])) == 1 and max(sizes) == sizes[-1]
 
 
-FORWARD = LM.forward
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: the operations of one run, repeated on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        self.calls.append((f, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        for f, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(f(*args, **kwargs))):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-
-
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
-def test_a_captured_step_continues_any_state_with_the_same_bits(kind, monkeypatch):
-    """Twice from prompts of its own, with a step that knows nothing but the buffers it was recorded with."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Tape,
-                               stream=lambda s: contextlib.nullcontext(), graph=lambda tape: tape).items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    model, prompts = make(kind), torch.randint(256, (2, 3, 7))
-    step = sample.capture_step(model, prompts[0, :, :1], model(prompts[0, :, :1])[1])
-    monkeypatch.setattr(LM, "forward", None)  # from here on only what was recorded runs
-    for prompt in prompts:
-        with monkeypatch.context() as m:
-            m.setattr(LM, "forward", FORWARD)
-            want = list(generate(model, prompt, 5, greedy))
-            first = prefill(model, prompt)
-        with monkeypatch.context() as m:
-            m.setattr(sample, "prefill", lambda *_: first)
-            got = list(generate(model, prompt, 5, greedy, step=step))
-        assert got == want
-
-
 def test_draws_follow_the_distribution():
     """A model of constant logits: 4,000 bytes land in proportion, four standard deviations wide."""
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
@@ -301,20 +255,13 @@ def test_a_batch_is_several_texts_under_headings(runs, capsysbinary):
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_what_is_compiled_before_writing_is_all_that_is(kind, monkeypatch):
-    """The token that fast_step tries has the strides of those after a prompt: a second graph takes as long again."""
+    """The token that is tried has the strides of those after a prompt: a second graph takes as long again."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, tokens = make(kind), torch.randint(256, (1, 70))
-    list(generate(model, tokens, 4, filter_logits, None, fast_step(model, tokens[:, :1], compiled=True)))
+    list(generate(model, tokens, 4, filter_logits, None, compiled_step(model, tokens[:, :1])))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_attention_says_what_it_keeps(runs, capsys):
-    sample.main(["--ckpt", str(runs / "attention"), "--bytes", "1", "--device", "cpu"])
-    assert "cache of its last 6 positions" in capsys.readouterr().err
-    sample.main(["--ckpt", str(runs / "mamba2"), "--bytes", "1", "--device", "cpu"])
-    assert "cache" not in capsys.readouterr().err
 
 
 def test_ctrl_c_and_a_closed_pipe_end_quietly(runs, monkeypatch, capsys):
@@ -345,7 +292,7 @@ def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
     out = tmp_path / "none"
     for path in (out, out / "best.pt"):
         refused(capsys, ["--ckpt", path], f"no checkpoint at {path}; train one: python train.py --out {out}\n")
-    refused(capsys, ["--ckpt", tmp_path], "no best.pt or last.pt")
+    refused(capsys, ["--ckpt", tmp_path], "no best.pt, last.pt")
     whole = (runs / "mamba" / "best.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     refused(capsys, ["--ckpt", tmp_path / "cut.pt"], "cut.pt", "cut short")
