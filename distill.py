@@ -21,7 +21,8 @@ Keys and values that several queries share are copied to each of them (g = n_hea
 factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin as
 follows, which differs from the paper: so that a new layer starts near the copied map, the convolution is the identity,
 D is 0, and dt is 0.1 where its projection gives 0. Not neutralized are SiLU after the convolution, the random gate z,
-the norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps.
+the norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps. So the equality above
+is that of dt = 1 and A = 0, and a new layer begins near enough to it to be trained.
 """
 import dataclasses
 import sys
@@ -71,8 +72,8 @@ def keeps_attention(i, share):
 
 
 def student_config(c, share, mixers):
-    """The Config c with Mamba-2 where attention is not kept, in the sizes that the map wants. A hybrid keeps its own,
-    since a Config has one size for all layers: where they differ from the map's, new mixers have to be random."""
+    """The Config c with Mamba-2 where attention is not kept, in the sizes that the map wants. A source that is a hybrid
+    already keeps its sizes, since a Config has one for all layers; if they are not the map's, mixers must be random."""
     size = c.d_model // c.n_head
     shape = {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head}
     new = dataclasses.replace(c, **shape)
@@ -93,7 +94,12 @@ def input_rows(mixer):
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """The map, and what is out of its way; a key or value head that r queries share is repeated r times in a row."""
+    """The map, and what is out of its way; a key or value head that r queries share is repeated r times in a row.
+
+    mixer, a Mamba2: in_proj (its rows: input_rows), conv1d (weight (channels, 1, taps), the last tap meets the present;
+    bias, or None), D and dt_bias (heads,), where dt = softplus(dt_bias + its rows), out_proj, heads. attention: q_proj,
+    k_proj, v_proj, out_proj, linear without bias, and size, the rows of one head.
+    """
     rows = input_rows(mixer)
     source = {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}
     for part, projection in source.items():

@@ -1,12 +1,12 @@
 """Mixers, blocks, and the byte language model; letters as in scan.py.
 
-A mixer exchanges information between positions, and all mixers have one signature: y, state = mixer(x, state). A state
-of None is the beginning of a sequence, and any later state continues it. So training (l = a window), prefill (l = a
-prompt), evaluation in pieces, and decoding (l = 1) are one call with a different l. A state is a NamedTuple of tensors
-that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all positions, but the state
-after the first upto of them. Speculative sampling calls it with guesses behind the text: they are judged, but the state
-that is kept has not read them. train.py has no use for a state and calls with upto = 0. The encoder's mixers see both
-sides of every position and have no state.
+A mixer exchanges information between positions, and all mixers of the LM have one signature: y, state = mixer(x,
+state). A state of None is the beginning of a sequence, and any later state continues it. So training (l = a window),
+prefill (l = a prompt), evaluation in pieces, and decoding (l = 1) are one call with a different l. A state is a
+NamedTuple of tensors that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all
+positions, but the state after the first upto of them. Speculative sampling appends guesses to the text: y judges them,
+but the state that is kept has not read them. Training has no use for a state and calls with upto = 0. The encoder's
+mixers see both sides of every position and have no state.
 
     Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
                              |                  `-> dt, B, C --^     |
@@ -20,6 +20,9 @@ sides of every position and have no state.
                              +- B, C -> norm, + bias, turn ----^     |
                              +- dt, A, w, theta ---------------^     |
                              +- z -------------------------- silu ---+
+
+The convolution mixes each position with the k - 1 before it, so that dt, B and C depend on more than one byte. silu(v)
+is v sigmoid(v), and z gates the output.
 
 To add a mixer, write a class like the ones below and add it to MIXERS; README has the rules.
 """
@@ -57,9 +60,9 @@ class Config:
     dropout: float = bounded(0.0, high=0.99)
 
     d_state: int = bounded(16, low=1)  # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
-    expand: int = bounded(2, low=1)    # Mamba, -2, -3: channels d = expand * d_model; encoder: m
+    expand: int = bounded(2, low=1)    # Mamba: channels d = expand * d_model; encoder: its gates' m
     d_conv: int = bounded(4, low=1)    # k, taps of the causal convolution of Mamba and Mamba-2
-    bias: bool = False                 # of their projections in and out; no released model has one
+    bias: bool = False                 # Mamba, -2: of the projections; no released model has one
     conv_bias: bool = True
     head_dim: int = bounded(64, low=1)  # p, Mamba-2 and Mamba-3
     n_group: int = bounded(1, low=1)    # g, Mamba-2 and Mamba-3
@@ -70,7 +73,7 @@ class Config:
     window: int = 0           # each position sees the last `window` positions; 0 = all
     rope_base: float = bounded(10000.0, low=1, high=1e30)
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see rotate
-    d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, rounded up
+    d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, up to a multiple of 32
 
     block: str = ""           # encoder: gated or stacked
     gelu: str = bounded("tanh", one_of=("tanh", "none"))  # encoder: approximate or exact
@@ -79,7 +82,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type is tuple and isinstance(value, list):  # as JSON has them
+            if f.type is tuple and isinstance(value, list):  # JSON has no tuples
                 setattr(self, f.name, tuple(value))
         check_fields(self)
         ropes = self.rope_scaling
@@ -104,7 +107,7 @@ class Config:
         if "mamba3" in self.kinds:
             require(self.d_state >= 4, f"d_state {self.d_state}: mamba3 needs 4 or more to turn")
         if self.kinds & {"mamba2", "mamba3"}:
-            unit = self.head_dim // math.gcd(self.head_dim, self.expand)
+            unit = self.head_dim // math.gcd(self.head_dim, self.expand)  # for whole heads
             self.require_multiple("d_model", unit,
                                   f"head_dim {self.head_dim} with expand {self.expand}")
             heads = self.expand * self.d_model // self.head_dim
@@ -120,88 +123,13 @@ class Config:
 
     @property
     def kinds(self):
-        """The mixers in use, a set of names."""
+        """The names of the mixers in use."""
         return {layer.removesuffix("+mlp") for layer in self.layers}
-
-
-def complex_of(pairs):
-    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
-    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
 
 
 def make_norm(c):
     kind = nn.RMSNorm if c.norm == "rms" else nn.LayerNorm
     return kind(c.d_model, eps=c.norm_eps)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# S4 and S4D: every channel is a linear system of its own, with A, B, C and dt that do not depend on the input
-
-
-def init_log_dt(size):
-    """log dt for dt log-uniform in [0.001, 0.1]: where A is -1, a memory of 1/dt, 10 to 1,000 bytes."""
-    return torch.rand(size) * math.log(100) + math.log(0.001)
-
-
-class S4State(NamedTuple):
-    h: torch.Tensor  # (b, d, modes), complex
-
-
-class S4D(nn.Module):
-    """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
-
-    y = s4d(x, dt, A, 1, C, D);   output a * sigmoid(b), (a, b) = W_out gelu(y).   B is 1, since only C B matters.
-    A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
-    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
-    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part. A small change of dt or A changes the whole
-    kernel, so these learn slowly.
-    """
-    slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
-
-    def __init__(self, c):
-        super().__init__()
-        d = c.d_model
-        A = s4d_init("lin", c.d_state)[0]
-        self.log_dt = nn.Parameter(init_log_dt(d))
-        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
-        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
-        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
-        self.D = nn.Parameter(torch.randn(d))
-        self.out_proj = nn.Linear(d, 2 * d)
-
-    def scan(self, x, h, upto):
-        A = complex_of(torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1))
-        C = 2 * complex_of(self.C)
-        return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
-
-    def forward(self, x, state=None, upto=None):
-        y, h = self.scan(x, None if state is None else state.h, upto)
-        return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
-
-
-class S4(S4D):
-    """The layer of S4 (Gu et al. 2021): the same with HiPPO-LegS, A = diag(Lambda) - P P^*, and a trained B.
-
-    P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
-    """
-    slow = (*S4D.slow, "P", "B")
-
-    def __init__(self, c):
-        super().__init__(c)
-        half = c.d_state // 2
-        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # Im Lambda > 0
-                        for t in dplr_legs(c.d_state)[:3])
-        with torch.no_grad():
-            self.log_A_real.copy_((-Lambda.real).log())
-            self.A_imag.copy_(Lambda.imag)
-        self.P = nn.Parameter(torch.view_as_real(P))
-        self.B = nn.Parameter(torch.view_as_real(B))
-
-    def scan(self, x, h, upto):
-        Lambda = torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1)
-        halves = [complex_of(t) for t in (Lambda, self.P, self.B, self.C)]
-        pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
-        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,8 +140,7 @@ def causal_conv(x, weight, bias, tail, upto=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
     x (b, l, d), weight (d, 1, k), nn.Conv1d's layout, bias (d,), tail (b, k-1, d), the inputs before x. None is 0.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, or after all: a
-    copy, since a view would keep all inputs in memory.
+    Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, by default all.
     F.conv1d(groups=d) takes 1.4 to 1.7 times as long in training (8 x 128 and 8 x 512 positions, two cores).
     """
     b, l, d = x.shape
@@ -224,12 +151,17 @@ def causal_conv(x, weight, bias, tail, upto=None):
         raise ValueError(f"a state's tail has shape {tuple(tail.shape)}, expected {(b, k - 1, d)}")
     longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
-    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # no view of all
+    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # else a view of all
     longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
     for j, tap in enumerate(weight[:, 0].unbind(1)):
         y = torch.addcmul(y, longer[:, j:j + l], tap)  # (b, l, d)
     return y, tail
+
+
+def init_log_dt(size):
+    """log dt for dt log-uniform in [0.001, 0.1]: where A is -1, a memory of 1/dt, 10 to 1,000 bytes."""
+    return torch.rand(size) * math.log(100) + math.log(0.001)
 
 
 def inverse_softplus(dt):
@@ -250,8 +182,8 @@ class MambaState(NamedTuple):
 class Mamba(nn.Module):
     """The block of Mamba (Gu and Dao 2023, figure 3): gate and input, convolution, selective scan, gated output.
 
-    x, z = W_in input;   x = silu(conv(x));   dt, B, C = W_x x;   y = selective_scan(x, softplus(W_dt dt + b), A, ...)
-    output W_out (y * silu(z)). Channels d = expand * d_model, A = -exp(A_log), dt through a bottleneck of d_model/16.
+    x, z = W_in input;   x = silu(conv(x));   r, B, C = W_x x;   y = selective_scan(x, softplus(W_dt r + b), A, ...)
+    output W_out (y * silu(z)). Channels d = expand * d_model; A = -exp(A_log) stays negative; r has d_model/16 numbers.
     """
 
     def __init__(self, c):
@@ -264,7 +196,7 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds weights
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # S4D-Real
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # A = -1 .. -n
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
@@ -277,8 +209,8 @@ class Mamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
         x, tail = causal_conv(x, self.conv1d.weight, self.conv1d.bias, tail, upto)
         x = F.silu(x)
-        dt, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias  # a float32 sum under autocast
+        r, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
+        dt = F.linear(r, self.dt_proj.weight) + self.dt_proj.bias  # under autocast a float32 sum
         A = -torch.exp(self.A_log)
         y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, self.impl, upto)
         return self.out_proj(y * F.silu(z)), MambaState(tail, h)
@@ -359,9 +291,10 @@ class Mamba3(nn.Module):
 
     Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
     is no convolution. A comes from the input, as dt does. And B and C are normed, biased, and turned in pairs of
-    numbers by phi_t = phi_{t-1} + theta_t dt_t. Then C_i . B_j depends on phi_i - phi_j, the turn since j: a state with
-    complex decays, as S4 has, in real numbers. It can count modulo 2. (In attention the same turn, by a fixed angle per
-    step, is called rotary.) dt, A, w are one number per head; theta has n/4 numbers, which all heads share.
+    numbers by phi_t = phi_{t-1} + theta_t dt_t. Then C_i . B_j depends on phi_i - phi_j, the turn since j, as if the
+    state itself turned by theta dt in each step: complex decays, as S4 has, in real numbers. A turn by pi for every 1
+    flips the sign, so the sign is the parity. (In attention the same turn, by a fixed angle per step, is called
+    rotary.) dt, A, w are one number per head; theta has n/4 numbers for all heads: half of n turns, the rest stays.
     """
 
     def __init__(self, c):
@@ -370,13 +303,13 @@ class Mamba3(nn.Module):
         n = c.d_state
         self.heads = d // c.head_dim
         self.groups = c.n_group
-        # z | x | B | C | dt | A | w | theta, where half of n turns, in n/4 pairs
+        # z | x | B | C | dt | A | w | theta
         self.parts = [d, d, self.groups * n, self.groups * n, *[self.heads] * 3, n // 4]
         self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=False)
         self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
         self.B_norm = nn.RMSNorm(n, eps=1e-5)
         self.C_norm = nn.RMSNorm(n, eps=1e-5)
-        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # in the middle the rank
+        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # the 1 is the rank
         self.C_bias = nn.Parameter(torch.ones(self.heads, 1, n))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.out_proj = nn.Linear(d, c.d_model, bias=False)
@@ -385,10 +318,10 @@ class Mamba3(nn.Module):
         z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
         wide = torch.promote_types(x.dtype, torch.float32)
         dt, A, w, theta = (t.to(wide) for t in rest)
-        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
+        B, C = (t.unflatten(-1, (self.groups, -1)).to(wide) for t in (B, C))  # (b, l, g, n)
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - r, or -1/(1 - r) if r < 0
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
                               state, upto)
@@ -397,8 +330,8 @@ class Mamba3(nn.Module):
     def recur(self, x, dt, A, w, theta, B, C, state, upto):
         """y (b, l, nh, p) and the state after the first upto positions; theta (b, l, pairs), B, C (b, l, g, n) normed.
 
-        One ssd_scan does it, if both terms of x_t enter at once, the second a step early. With e_t = (1 - w_t) dt_t and
-        H_t = h_t + e_{t+1} x_t B_t^T the recurrence is
+        One ssd_scan does it, if both terms of x_t enter at once, the second a step early. With its weight
+        e_t = (1 - w_t) dt_t and H_t = h_t + e_{t+1} x_t B_t^T the recurrence is
             H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t,
         since H_{t-1} decays by the a_t that the earlier term wants. At the end, e_l = 0 and H is h.
         """
@@ -408,7 +341,7 @@ class Mamba3(nn.Module):
         phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
         if state is None:
             no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
-            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)
+            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)  # all zero
         if state.x.shape != x[:, 0].shape:
             raise ValueError(f"a state's x has shape {tuple(state.x.shape)}, "
                              f"expected {tuple(x[:, 0].shape)}")
@@ -421,9 +354,10 @@ class Mamba3(nn.Module):
         y, H = ssd_scan(u, dt * A, B, C, H, upto=upto)
         y = y + (self.D[:, None] - e[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
         end = x.shape[1] if upto is None else upto
-        phi, B, x = (t[:, end - 1].clone() if end else old  # no view of all
-                     for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
-        return y, Mamba3State(phi, H - outer(e[:, end] * x, B), B, x)
+        last_phi, last_B, last_x = (t[:, end - 1].clone() if end else old
+                                    for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
+        h = H - outer(e[:, end] * last_x, last_B)
+        return y, Mamba3State(last_phi, h, last_B, last_x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,11 +371,12 @@ class AttentionState(NamedTuple):
 
 
 def rotate(x, position, base, scaling=()):
-    """Rotary positions (Su et al. 2021), Llama's layout: channels i and i + size/2 turn by position * base^(-2i/size).
+    """Rotary positions (Su et al. 2021), Llama's layout: channels i and i + size/2 turn by position * base^(-2i/size),
+    so that q_i . k_j depends on i - j only.
 
-    x (b, l, heads, size), its first position given; angles are float32 or wider. scaling is Llama 3.1's, for a context
-    longer than that of pretraining: channels that turned fewer than `low` times in that length are slowed down by a
-    factor, those with more than `high` turns stay as they are, and between the two they are mixed in proportion.
+    x (b, l, heads, size), its first position given; angles are float32 or wider. scaling is Llama 3.1's, (factor, low,
+    high, length), for a context longer than the length of pretraining: channels that turned fewer than `low` times in
+    it are slowed down by the factor, those with more than `high` turns stay, and between the two they are mixed.
     """
     half = x.shape[3] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -494,7 +429,7 @@ class Attention(nn.Module):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=1)
             v = torch.cat([state.v.to(v.dtype), v], dim=1)
-        keys = k.shape[1]
+        keys = k.shape[1]  # those before x first
         passed = l if upto is None else upto
         end = keys - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
@@ -522,6 +457,77 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S4 and S4D: every channel is a linear system of its own, with A, B, C and dt that do not depend on the input.
+# Section 3 of scan.py explains them; nothing of a language model by Mamba needs them.
+
+
+def complex_of(pairs):
+    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
+    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
+
+
+class S4State(NamedTuple):
+    h: torch.Tensor  # (b, d, modes), complex
+
+
+class S4D(nn.Module):
+    """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
+
+    y = s4d(x, dt, A, 1, C, D);   output glu(W_out gelu(y)): one half gates the other.   B is 1, since only C B matters.
+    A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
+    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
+    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part. A small change of dt or A changes the whole
+    kernel, so these learn slowly.
+    """
+    slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.d_model
+        A = s4d_init("lin", c.d_state)[0]
+        self.log_dt = nn.Parameter(init_log_dt(d))
+        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
+        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
+        self.D = nn.Parameter(torch.randn(d))
+        self.out_proj = nn.Linear(d, 2 * d)
+
+    def scan(self, x, h, upto):
+        A = complex_of(torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1))
+        C = 2 * complex_of(self.C)
+        return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
+
+    def forward(self, x, state=None, upto=None):
+        y, h = self.scan(x, None if state is None else state.h, upto)
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
+
+
+class S4(S4D):
+    """The layer of S4 (Gu et al. 2021): the same with HiPPO-LegS, A = diag(Lambda) - P P^*, and a trained B.
+
+    P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
+    """
+    slow = (*S4D.slow, "P", "B")
+
+    def __init__(self, c):
+        super().__init__(c)
+        half = c.d_state // 2
+        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # sorted: these have Im Lambda > 0
+                        for t in dplr_legs(c.d_state)[:3])
+        with torch.no_grad():
+            self.log_A_real.copy_((-Lambda.real).log())
+            self.A_imag.copy_(Lambda.imag)
+        self.P = nn.Parameter(torch.view_as_real(P))
+        self.B = nn.Parameter(torch.view_as_real(B))
+
+    def scan(self, x, h, upto):
+        Lambda = torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1)
+        halves = [complex_of(t) for t in (Lambda, self.P, self.B, self.C)]
+        pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
+        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
 
 
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
@@ -567,7 +573,7 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.recurrent = "attention" not in c.kinds  # whose state grows with the text
+        self.constant_memory = "attention" not in c.kinds or c.window > 0  # of the state
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
@@ -603,6 +609,7 @@ class LM(nn.Module):
 #
 # At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer,
 # not counting biases and the SSMs' few numbers. The names du, duc, dv, dol, do, fs4, bs4 are the released checkpoint's.
+# The SSM needs section 3 of scan.py. In these classes h is norm(x), as in the paper, and no state.
 
 
 class SharedS4D(nn.Module):
@@ -705,10 +712,10 @@ BLOCKS = {"gated": BiGS, "stacked": Stacked}
 class Encoder(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for its own token, from both sides; the state is None.
 
-    It is called as an LM is, and ignores state and upto. As in BERT the embeddings are normed, and the head is a layer,
+    state and upto are those of an LM, and ignored. As in BERT the embeddings are normed, and the head is a layer,
     the exact gelu whatever the blocks have, a norm and the embedding's weight again. There is no mask for padding.
     """
-    recurrent = False
+    constant_memory = False  # there is no state to carry on
 
     def __init__(self, config):
         super().__init__()
@@ -737,7 +744,7 @@ class Encoder(nn.Module):
 
 
 def make_model(config):
-    """The model that a config is the shape of."""
+    """An Encoder or an LM."""
     return Encoder(config) if config.block else LM(config)
 
 
@@ -748,7 +755,7 @@ def make_model(config):
 def save(path, model, layout="own", **extra):
     """Config, weights and whatever extra a run keeps, in one file, which appears under its name when it is whole.
 
-    Any other layout of data/checkpoints.py is for another program (hf for transformers), most a folder, without extra.
+    Any other layout of data/checkpoints.py is for another program (hf for transformers), and holds no extra.
     """
     config = dataclasses.asdict(model.config)
     if layout != "own":
@@ -776,7 +783,7 @@ def load(path, device="cpu"):
     """(model, extra) from a file or a folder: of a run (best.pt, or last.pt if nothing has been validated yet), or a
     published checkpoint, in any layout of data/checkpoints.py.
 
-    The tensors of the file become the parameters: on a CPU there is never a second copy of the weights.
+    The tensors of a float32 file become the parameters: on a CPU there is never a second copy of the weights.
     """
     path = find_weights(Path(path))
     extra = read_file(path)
@@ -795,7 +802,7 @@ def load(path, device="cpu"):
         plain = all(t.is_floating_point() and not t.is_meta for t in weights.values())
         require(plain, "its weights are no floats")
         double = any(t.dtype == torch.float64 for t in weights.values())
-        dtype = torch.float64 if double else torch.float32  # half is for small files alone
+        dtype = torch.float64 if double else torch.float32  # float16 makes a file small
         weights = {name: t.to(dtype).contiguous() for name, t in weights.items()}  # not expanded
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:

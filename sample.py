@@ -143,20 +143,20 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
 #     text, seen, state = the prompt, its length - 1, and the model's state after text[:seen]
 #     until the text is long enough:                                                                   (a round)
 #         guesses, q      = the drafter's: tokens that may follow text, and the distributions that it drew them from
-#         logits, state   = one call of the model on text[seen:] + guesses, and the state after text[seen:] alone
+#         logits, state   = one call reads text[seen:] + guesses; the state has read text[seen:] alone
 #         p               = the model's distributions of each guess and of the token after the last guess
 #         chance, instead = exact(p, q)
 #         accepted        = how many guesses pass in a row, if guess i passes with probability chance[i]
 #         seen, text      = len(text), text + guesses[:accepted] + a token drawn from instead[accepted]
 #
 # Invariant: the state has read text[:seen], and seen < len(text). No state that is kept has read a guess, so nothing is
-# rolled back. The next call reads accepted guesses again, as in the Mamba in the Llama (Wang et al. 2024, section 4),
-# but from their tokens and not from inputs kept in every layer. So every layer can do it.
+# rolled back. The next call reads accepted guesses again. (So does the Mamba in the Llama, Wang et al. 2024, section 4,
+# from inputs kept in every layer; from their tokens no layer needs code for it.)
 #
 #                       seen        len(text)
 #     | r e t u r n _ s | e l f .   | n a m e s                text = "return_self.", guesses "names"
 #     | the state       | one call of the model reads these
-#                             p of    n a m e s *              each read one place before it; * follows the last guess
+#                             p of    n a m e s *              that of n comes out where the model reads "."
 #     | r e t u r n _ s   e l f .   | n a m i |                the next round, if "nam" is accepted and "i" drawn
 #                                   seen      len(text)
 
@@ -165,23 +165,26 @@ def exact(p, q, onehot):
     """Accept a guess with min(1, p/q), else draw from (p - q)+, normalized (Leviathan et al. 2023; Chen et al. 2023).
 
     p, q, onehot (n+1, v) for n guesses: the model's distributions, the drafter's, and a one at each guess. The last row
-    stands for the token after the last guess, and is 0 in q and onehot. Returns each guess's chance (n+1,) to pass if
-    those before it did, and the distributions (n+1, v) of the token that replaces the first guess that does not.
+    stands for the token after the last guess, and is 0 in q and onehot. Returns chance (n+1,): guess i passes with
+    chance[i] if all before it passed; and instead (n+1, v): where guess i is the first that does not pass, its token is
+    drawn from instead[i].
 
-    Proof that the token has the distribution p if the guess was drawn from q, whatever p and q are: acceptance yields
-    min(p, q), and refusal (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = (p - q)+, together p. With q = 0 nothing is
-    accepted and p is left, so the last row needs no rule of its own. With q = onehot, for guesses that were not drawn,
-    a guess passes with its p, else the token is drawn from p without it.
+    Proof that a token has the distribution p if its guess was drawn from q: it comes by acceptance with q min(1, p/q) =
+    min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, since p = min(p, q) + (p - q)+ sums to 1;
+    the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+. Together that is p.
+    Where q = p nothing is refused, but rounding may still ask, so instead is p. Where q = 0, the last row, nothing is
+    accepted and instead is p. Where q = onehot, a guess that nobody drew, it passes with its p, and instead is p
+    without it.
 
-    Branchless: arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes, and these have
-    no `where` in common. So x + (x == 0) divides by 1 where x is 0.
+    Arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes. Both have + - * / ==,
+    sum(-1), [..., None], clip(min=0), clip(max=1), but no where in common: x + (x == 0) is 1 where x is 0.
     """
     p_guess = (p * onehot).sum(-1)
     q_guess = (q * onehot).sum(-1)
     chance = (p_guess / (q_guess + (q_guess == 0))).clip(max=1)
     rest = (p - q).clip(min=0)
     total = rest.sum(-1)[..., None]
-    rest = rest + p * (total == 0)  # q = p refuses nothing, but rounding may still ask
+    rest = rest + p * (total == 0)
     return chance, rest / (total + (total == 0))
 
 
@@ -193,7 +196,7 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
 
     Cost: if a guess passes with probability alpha, a round adds (1 - alpha^(k+1)) / (1 - alpha) tokens on average
     (Leviathan et al. 2023, equation 1) for k steps of the drafter and one call of the model. That call is not free: for
-    12 layers of Mamba-2, d_model 160, on two CPU cores, 9 to 17 bytes took 1.5 to 1.8 times as long as one.
+    12 layers of Mamba-2, d_model 160, on two CPU cores, 9 to 17 bytes took 2.1 to 2.4 times as long as one.
     """
     text = tokens[0].tolist()
     target = len(text) + count

@@ -10,13 +10,17 @@
     5  the matrix form of Mamba-2
     6  the selective scan as GPU kernels
 
-To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own, and section 6 is for GPUs; nothing else needs
-them. Every fast path computes what a naive one defines; tests/ hold it to that, in values and gradients. An argument
-`upto` asks for the state after the first upto steps, for callers that read ahead (speculation in sample.py).
+A state-space model is h' = A h + B x, y = C h + D x: the input x pushes a hidden state h, and y is a view of it. Here
+every channel has a state of its own, n numbers that do not mix, so A is n numbers per channel.
+
+To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own (of model.py S4, S4D and BiGS need it), and
+section 6 is for GPUs. Every fast path computes what a naive one defines; tests/ hold it to that, in values and
+gradients. An argument `upto` asks for the state after the first upto steps (for speculation in sample.py).
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. Or copy ChunkedSelectiveScan, the
 two functions below it, _once and _no_autocast: 110 lines that need nothing else.
 
-Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1, and h0 stands before step 0.
+Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1; h0 is the state before step 0, h_0
+that after it. In a gradient dv is dL/dv for every v, L the loss. dt alone is the step size, and its gradient is ddt.
 
     here       shape               Mamba (2312.00752)   S4 (2111.00396)
     x          (b, l, d)           x                    u              input
@@ -30,7 +34,7 @@ Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-
     K          (d, l)                                   K-bar          kernel: y = K * x where nothing depends on t
     Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*
     u          shape of x                               (not its u)    dt x, the input times its step size
-    a, b       (b, l, ...)                                             one step of any scan: h_t = a_t h_{t-1} + b_t
+    a, b       (batch, l, ...)                                         one step of any scan: h_t = a_t h_{t-1} + b_t
     log_a      (b, l, nh)                                              dt A, where a = exp(dt A)
 
     b l d n    batch, length, channels, state size
@@ -108,7 +112,7 @@ def _wide_dtype(*tensors):
 
 
 def _widen(*tensors):
-    """All tensors in that dtype. None stays None."""
+    """All tensors in the dtype that holds them all and is at least float32. None stays None."""
     dtype = _wide_dtype(*tensors)
     return [t if t is None else t.to(dtype) for t in tensors]
 
@@ -136,24 +140,30 @@ def _skip(y, x, D):
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
 #
-# All rules agree as dt -> 0 (trapezoid with both its inputs). They differ in what they assume about x between two
-# samples, and in how stable they are.
+# Bytes have no time between them, so why a differential equation? It gives decays exp(dt A) below 1 for every step size
+# dt > 0, and dt says how much one byte counts. All rules agree as dt -> 0. They differ in how x is taken between two
+# samples, and in how stable they are. zoh holds x during a step: then h(t + dt) = exp(dt A) h(t) + S B x, where S, the
+# integral of exp(s A) from s = 0 to dt, is (exp(dt A) - 1)/A.
 
 
 def discretize(dt, A, B, rule="mamba"):
     """Abar, Bbar of one step of length dt for a diagonal A, real or complex. All is elementwise and broadcasts: in the
     glossary's shapes discretize(dt[..., None], A, B[:, :, None]).
 
-    zoh       Abar = exp(dt A)                    Bbar = (exp(dt A) - 1)/A B       exact if x is held; Mamba eq. 4
+    zoh       Abar = exp(dt A)                    Bbar = B (exp(dt A) - 1)/A       exact if x is held; Mamba eq. 4
     bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         Tustin's; S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
-    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    times x_t + Abar x_{t-1}, not x_t
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    of x_t + Abar x_{t-1}, not of x_t
 
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
-    that one times (exp(z) - 1)/z, z = dt A: from 1.00 down to 0.50 at Mamba's initialization (median 0.97), and less
-    where a model learns to forget at once. B cannot make up for it, since all channels share B. The choice is an
-    empirical one.
+    mamba's times (exp(z) - 1)/z, z = dt A: a factor from 1.00 down to 0.50 at Mamba's initialization (A from -1 to -16,
+    dt from 0.001 to 0.1; median 0.97), and less where a model learns to forget at once. It differs from channel to
+    channel, and B, which all channels share, cannot absorb it. The choice is an empirical one.
+
+    A may be 0: zoh's Bbar is dt B there, and its derivative by A is dt^2 B / 2. For |z| < 1e-2 we take the series
+    (exp(z) - 1)/z = 1 + z/2 + z^2/6 + .. + z^5/720, since the quotient's derivative loses its digits there. torch.where
+    differentiates both its branches, so the one that is not taken has to be finite too.
 
     trapezoid takes the mean of a step's two ends, the earlier one decayed by Abar. So it is second order in dt where x
     is smooth; a rule that sees one end is first order. Mamba-3 (2603.15569) learns the weights of the two ends.
@@ -167,7 +177,7 @@ def discretize(dt, A, B, rule="mamba"):
         return 1 + z, dt * B
     if rule == "bilinear":
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
-    if rule == "zoh":  # near 0 the gradient of expm1(z)/z loses digits, that of its series not
+    if rule == "zoh":
         small = z.abs() < 1e-2
         safe = torch.where(small, torch.ones_like(z), z)
         s = torch.where(small, z, torch.zeros_like(z))
@@ -183,15 +193,16 @@ def discretize(dt, A, B, rule="mamba"):
 #    parallel   2 l            2 log2 l     a and b of all pairs, and of pairs of pairs, ..
 #    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
 #
-# (One combination is the a h + b of one step; depth counts those that must wait for each other.) Depth is what a GPU
-# with idle processors cares for; elsewhere chunked wins, by few large operations in place.
+# (One combination is the a h + b of one step, or two steps made one; depth counts those that must wait for each other.)
+# Depth is what a machine with idle processors cares for. Elsewhere chunked wins, by few large operations in place, so
+# auto takes it; parallel is here to be read, and for higher derivatives.
 
 
 def scan(a, b, h0=None, impl="auto"):
     """h_t = a_t h_{t-1} + b_t along axis 1, for any length l >= 1, real or complex; h0 stands before the first step.
 
-    b (b, l, ...); a broadcasts to b; h0 (b, ...) has b's shape without axis 1, zero if None. Returns h (b, l, ...),
-    float32 or wider. impl: naive, parallel, chunked; auto is chunked.
+    b (batch, l, ...); a broadcasts to b; h0 (batch, ...), zero if None. Returns h of b's shape, float32 or wider. impl:
+    naive, parallel, chunked; auto is chunked.
     """
     a, b, h0 = _widen(a, b, h0)
     if b.ndim < 2 or b.shape[1] == 0:
@@ -206,7 +217,7 @@ def scan(a, b, h0=None, impl="auto"):
 def _scan_naive(a, b, h):
     """The definition."""
     hs = []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # a[:, t] is slow backwards
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # the gradient of an a[:, t] has a's size
         h = a_t * h + b_t
         hs.append(h)
     return torch.stack(hs, dim=1)
@@ -220,7 +231,7 @@ def _scan_parallel(a, b, h0):
     pairs       0-1         2-3       |       2. scan the pairs, half as many (recursion):
                  |           |        |          this gives h_1 and h_3, the states after them
     states    h_0 h_1     h_2 h_3    h_4      3. the states between follow by one step each:
-                                                 h_0 is b_0 + a_0 h0, h_2 comes from h_1, h_4 from h_3
+                                                 h_0 comes from h0, h_2 from h_1, h_4 from h_3
     """
     first = b[:, :1] + a[:, :1] * h0[:, None]  # the first step carries h0
     return _associative(a, torch.cat([first, b[:, 1:]], dim=1))
@@ -245,7 +256,7 @@ def _associative(a, b):
 
 
 class _Scan(torch.autograd.Function):
-    """The scan in chunks, and its gradients by the same function, which need not be differentiable itself.
+    """The scan in chunks, and its gradients by the same function. Autograd does not see it, so it may write in place.
 
     The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that
     reaches h_t as an output, and g_t all that reaches it, also through later states. Then, with torch's rule for
@@ -263,8 +274,8 @@ class _Scan(torch.autograd.Function):
     @_once
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
-        nothing = torch.zeros_like(a[:, :1])  # comes after the last step
-        a_next = torch.cat([a[:, 1:], nothing], dim=1).conj()
+        none = torch.zeros_like(a[:, :1])  # no step follows the last
+        a_next = torch.cat([a[:, 1:], none], dim=1).conj()
         g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
         h_before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
         return g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
@@ -308,8 +319,8 @@ SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _Scan.appl
 # 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
 #
 # A mass on a spring: position q, velocity q', and q'' = -k q - r q' + x when a force x pushes it. With h = (q, q') this
-# is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0). Two numbers remember all that was
-# ever done to the spring, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how that memory fades and swings.
+# is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0). Two numbers are all that the
+# future needs to know of the past, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how they fade and swing.
 # Section 1's rules make it a recurrence (for a full matrix A: tests/dense.py). Unrolled from h = 0 that reads
 #     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar: the answer to one push, j steps later        (S4 eq. 5)
 # so a whole sequence is one convolution, by FFT in l log l operations once K is known. A layer is d such
@@ -331,14 +342,16 @@ def dense_kernel(Abar, Bbar, C, l):
 def fft_conv(x, K, D=None):
     """y_t = sum_{j <= t} K_j x_{t-j} + D x_t: x (b, l, d), K (d, l) or (1, l), D (d,) or (1,) -> y (b, l, d).
 
-    y has x's dtype. A product of transforms is a circular convolution; padded to 2l - 1 or more, nothing wraps around.
+    y has x's dtype, and is computed in float32 or wider, since there is no FFT in bfloat16. The inverse of a product of
+    FFTs of length N is sum_j K_j x_{(t-j) mod N}: what runs over the end comes back at the beginning. With zeros up to
+    N >= 2l - 1 nothing does.
     """
     l = x.shape[1]
     if K.shape[-1] != l:
         raise ValueError(f"fft_conv: K has {K.shape[-1]} steps, x has {l}")
     size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
     wide, K, D = _widen(x, K, D)
-    with _no_autocast(x.device):  # there is no FFT in bfloat16
+    with _no_autocast(x.device):
         product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K, size).T
         return _skip(torch.fft.irfft(product, size, dim=1)[:, :l], wide, D).to(x.dtype)
 
@@ -358,11 +371,13 @@ def hippo_legs(n):
 
 
 def legs_basis(age, n):
-    """sqrt(2i+1) P_i(2 exp(-age) - 1), P_i the Legendre polynomials: age (...) -> (..., n).
+    """sqrt(2i+1) P_i(2 exp(-age) - 1), P_i the Legendre polynomials: age (...) -> (..., n), n >= 1.
 
+    P_0 = 1, P_1(s) = s, (i+1) P_{i+1} = (2i+1) s P_i - i P_{i-1}.
     h(now) is the integral of exp(age A) B x(now - age) over all ages, and exp(age A) B = exp(-age) legs_basis(age, n).
-    So h holds the coefficients of the past in a basis that is orthonormal under the weight exp(-age), which keeps the
-    recent past best. Hence x(now - age) is nearly legs_basis(age, n) @ h, and the larger n, the nearer.
+    So h holds the coefficients of the past in a basis that is orthonormal under the weight exp(-age). The error is
+    small where the weight is large, so the recent past is kept best: x(now - age) is nearly legs_basis(age, n) @ h, and
+    the larger n, the nearer.
     """
     s = 2 * torch.exp(-age) - 1
     legendre = [torch.ones_like(s), s]
@@ -564,7 +579,7 @@ def _inputs_in_state(powers, x):
     return torch.einsum("dbmn,dnm->bdn", h, coarse)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The selective scan (Mamba, section 3): dt, B and C depend on the input, so the model chooses what to keep
+# 4. The selective scan (Mamba's paper, section 3): dt, B and C depend on the input, so the model chooses what to keep
 #
 # It is the scan of section 2 with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. The step size dt_t is the
 # choice: dt -> 0 freezes the state (a = 1, b = 0: the token is ignored), a large dt overwrites it (a = 0).
@@ -576,11 +591,11 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
-    first upto steps, by default all; upto costs a second scan of these. dt is positive already; softplus is the
-    caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach every input, also through h;
-    naive and parallel have higher derivatives too, and torch.func takes them.
-    impl: naive, parallel, chunked, triton (section 6), or auto: naive
-    for one step, else triton on a CUDA GPU up to n = 64, else chunked.
+    first upto steps, by default all, which costs a second scan of these; y always covers all steps. dt is positive
+    already; softplus is the caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach
+    every input, also through h; naive and parallel have higher derivatives too, and torch.func takes them. impl: naive,
+    parallel, chunked, triton (section 6), or auto: naive for one step, else triton on a CUDA GPU up to n = 64, else
+    chunked.
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
@@ -601,7 +616,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     if 0 < end < l:
         x, dt, B, C = (t[:, :end] for t in (x, dt, B, C))
         h = selective_scan(x, dt, A, B, C, None, h0, impl)[1]
-    return y, h if end else h0
+    return y, (h if end else h0)
 
 
 def _selective_naive(x, dt, A, B, C, h):
@@ -631,7 +646,8 @@ class ChunkedSelectiveScan(torch.autograd.Function):
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
-        (4) w_t = dL/d(dt_t A) = g_t a_t h_{t-1},   dA = sum_{b,t} w_t dt_t,   ddt_t = sum_n w_t A + x_t du_t
+        (4) w_t = dL/d(dt_t A) = g_t a_t h_{t-1},   dA = sum_{b,t} w_t dt_t,   ddt_t = sum_n w_t A + x_t du_t,
+            since a_t = exp(dt_t A) is its own derivative
     Here channels lie last, (b, t, n, d): a step is one multiply-add in place over whole rows, and most sums over n or d
     are products of matrices.
     """
@@ -680,18 +696,18 @@ class ChunkedSelectiveScan(torch.autograd.Function):
             dx[:, s] = du * dt_s  # (2)
             dB[:, s] = (u[:, :, None] @ g.mT).squeeze(2)  # (3)
             dC[:, s] = (dy_s[:, :, None] @ h.mT).squeeze(2)
-            w = a.mul_(g)  # (4)
+            w = a.mul_(g)  # (4), in the memory of a
             w[:, 1:].mul_(h[:, :-1])
             w[:, 0].mul_(start)
             for w_t, dt_t in zip(w.unbind(1), dt_s[:, :, None].unbind(1)):
                 dA.addcmul_(w_t, dt_t)
             ddt[:, s] = w.mul_(A).sum(2).addcmul_(du, x_s)
-        return dx, ddt, dA.sum(0).T, dB, dC, carry.transpose(1, 2)
+        return dx, ddt, dA.sum(0).T, dB, dC, carry.transpose(1, 2)  # carry is a_0 g_0, which is dh0
 
 
-def _chunk_slices(b, l, state):
-    """Slices of the length axis: 16 to 64 steps, few enough to keep a buffer of states near 2 MB where they can."""
-    size = 2**19 // max(1, b * state)
+def _chunk_slices(b, l, state_size):
+    """Slices of the length axis: 16 to 64 steps, few enough to keep a buffer of states near 2 MB (2**19 float32)."""
+    size = 2**19 // max(1, b * state_size)
     size = min(l, max(16, min(64, size)))
     return [slice(i, min(i + size, l)) for i in range(0, l, size)]
 
@@ -713,11 +729,12 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. SSD (Mamba-2): one decay per head, not one per channel and state, so that the scan becomes products of matrices
 #
-# Unroll h_t = a_t h_{t-1} + u_t B_t^T, with u_t = dt_t x_t and a number a_t = exp(dt_t A), read it out by C_t, and
-# attention appears:
+# A head is p channels with one decay, one B and one C. Their states are a matrix h (p, n), and a step adds the outer
+# product of what is written, u_t = dt_t x_t (p numbers), and where, B_t (n numbers). Unroll
+# h_t = a_t h_{t-1} + u_t B_t^T with a number a_t = exp(dt_t A), read it out by C_t, and attention appears:
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(dt_i A + ... + dt_{j+1} A)
 # with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
-# and chunks of q = 2, the matrix L * (C B^T) that maps u to y is
+# and chunks of q = 2, the matrix L * (C B^T), elementwise, that maps u to y is
 #
 #     [ x          ]    x: attention inside a chunk. o: through the state, of rank n at most. In three steps:
 #     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
@@ -729,7 +746,7 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #                work per head                numbers kept per head     what it is
 #    naive       2 l n p                      l n p, by autograd        the recurrence
 #    quadratic   l^2 (n + p), and l^3 for L   l^2, a few times          masked attention
-#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), likewise attention in chunks, a scan between them
+#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), too    attention in chunks, a scan between them
 #
 # The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
 # linear attention (call scan), a complex number Mamba-3 (in model.py, by turning B and C), a matrix
@@ -737,7 +754,7 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 
 
 def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (Mamba-2, sections 5 and 6)
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (sections 5 and 6 of the paper)
 
     x (b, l, nh, p), dt (b, l, nh) positive, A (nh,) negative, B, C (b, l, g, n): head i reads group i // (nh // g),
     D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h (b, nh, p, n), float32 or float64, after
@@ -797,19 +814,19 @@ def _ssd_quadratic(u, log_a, B, C, h0):
 
 
 def _ssd_chunked(u, log_a, B, C, h0, size=32):
-    """The three steps above. The last chunk is filled up with steps of u = 0 and a = 1, which change nothing."""
+    """The three steps above, q = size. The last chunk is filled up with steps of u = 0, a = 1, which change nothing."""
     b, l = u.shape[:2]
     if l <= size:
         return _ssd_quadratic(u, log_a, B, C, h0)
     count = math.ceil(l / size)
     if l % size:
-        fill = (0, -l % size)  # behind the last step, where each axis after it gets a (0, 0)
+        fill = (0, -l % size)  # F.pad counts axes from the last: (0, 0) for each one after l
         u, log_a, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + fill) for t in (u, log_a, B, C))
     chunks = [t.unflatten(1, (count, size)) for t in (u, log_a, B, C)]
     parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
     ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, count))  # 1, from zero
     decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
-    h = scan(decays, ends, h0, "naive")  # 2
+    h = scan(decays, ends, h0, "naive")  # 2: few steps
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
     y = y.unflatten(0, (b, count)).flatten(1, 2)[:, :l]
@@ -825,10 +842,10 @@ def _heads_first(u, log_a, B, C):
 def _decays(log_a):
     """L (..., l, l), L_ij = exp(log_a_{j+1} + ... + log_a_i) for j <= i, else 0: log_a (..., l).
 
-    The sum over k is a product with a matrix of ones and zeros. For l = 3 and log_a = (r, s, t):
+    The sum over k is a product with a matrix of ones and zeros. For l = 3 and log_a = (p, q, r):
         [1 0 0] [0 0 0]   [ 0   0 0]             [1        0    0]
-        [1 1 0] [s 0 0] = [ s   0 0]       L =   [e^s      1    0]
-        [1 1 1] [t t 0]   [s+t  t 0]             [e^(s+t)  e^t  1]
+        [1 1 0] [q 0 0] = [ q   0 0]       L =   [e^q      1    0]
+        [1 1 1] [r r 0]   [q+r  r 0]             [e^(q+r)  e^r  1]
     A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in
     float32, 0.3 % of a decay after a sum of 40,000.
     """
@@ -841,6 +858,7 @@ def _attend(u, log_a, B, C, h0):
     """y_i = a_i ... a_0 h0 C_i + sum_{j <= i} L_ij (C_i . B_j) u_j for every position i: (b, nh, l, p)."""
     heads = u.shape[1]
     scores = _decays(log_a) * per_head(C @ B.mT, heads, 1)  # (b, nh, l, l)
+    # a group's heads share C: their rows of h0 are stacked, for one product per group
     from_h0 = h0.unflatten(1, (C.shape[1], -1)).flatten(2, 3) @ C.mT  # (b, g, nh/g p, l)
     from_h0 = from_h0.flatten(1, 2).unflatten(1, (heads, -1)).mT  # (b, nh, l, p)
     return torch.addcmul(scores @ u, log_a.cumsum(-1).exp()[..., None], from_h0)
@@ -849,9 +867,9 @@ def _attend(u, log_a, B, C, h0):
 def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))
-    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]
-    left = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
-    from_u = (left @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
+    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # log_a summed over the steps after j
+    decayed = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
+    from_u = (decayed @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
     return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)
 
 
@@ -1060,7 +1078,7 @@ def _entering(x, dt, A, B, h0, pieces, back):
 
 
 class _SelectiveTriton(torch.autograd.Function):
-    """Both directions. A is (n, d) and states are (b, n, d) here, so that neighbouring threads read neighbouring channels.
+    """Both directions. A is (n, d) and states are (b, n, d), so that neighbouring threads read neighbouring channels.
     Strided inputs are copied, since a GPU reads no less than 32 bytes at a place."""
 
     @staticmethod

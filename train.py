@@ -188,7 +188,7 @@ def agree(run, nats, seconds):
 #
 # draw(before, targets, seed, first) takes two int64 arrays (b, l), where before[t] is the byte that comes before
 # targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of
-# `first`, the number of windows drawn before these, so a resumed run and several processes draw the same. A window's
+# `first`, the number of windows drawn before these: a resumed run and several processes draw the same. A window's
 # loss is the mean over its targets. A task (data/synthetic.py) makes windows of its own instead of cutting a text:
 # task(length, batch, seed, step).
 
@@ -424,6 +424,7 @@ def open_log(folder, logged):
 # 7. The loop
 
 VALIDATED = 8192  # tokens per call in validation, at least: many windows share an S4 kernel
+CARRIED = 1024  # with the state carried: attention in a window masks most of a longer piece
 SAVE_SECONDS = 60  # a crash loses about this much training at most
 KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float,
         "logged": int, "data": str}  # of a Run, in its checkpoints
@@ -432,16 +433,15 @@ BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 
 
 def measure(run):
-    """The figures of a validation, bits per byte also where tokens are words. val_bpb_carried is None for attention,
-    which is compared by windows, for S4, which takes a step per byte to find its state, and for tasks, which are no
-    stream."""
+    """The figures of a validation, bits per byte also where tokens are words. val_bpb_carried is None where the state
+    grows with the text, for S4, which takes a step per byte to find its state, and for tasks, which are no stream."""
     c = run.c
     bytes_per_token = run.tokens.bytes_per_token
-    batch = max(c.batch_size, VALIDATED // c.seq_len)
-    score = partial(evaluate, run.model, run.tokens.val, c.seq_len, batch, run.cast)
-    bits, accuracy = score(objective=run.objective)
-    stream = run.model.recurrent and not (run.objective.task or "s4" in run.model.config.kinds)
-    carried = score(carried=True)[0] / bytes_per_token if stream else None
+    score = partial(evaluate, run.model, run.tokens.val, c.seq_len, cast=run.cast)
+    bits, accuracy = score(max(c.batch_size, VALIDATED // c.seq_len), objective=run.objective)
+    carried = None
+    if run.model.constant_memory and not run.objective.task and "s4" not in run.model.config.kinds:
+        carried = score(max(1, CARRIED // c.seq_len), carried=True)[0] / bytes_per_token
     return {"val_bpb": bits / bytes_per_token, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
@@ -533,8 +533,8 @@ class Run:
         self.logged = self.log.tell()
 
     def validate(self):
-        """Validate and, if all is well, save: a step's loss is that of the weights before the step, so validation alone
-        proves that the last ones are sound."""
+        """Validate and, if all is well, save. (A step's loss is computed before its update: only a validation sees the
+        newest weights.)"""
         self.interruptible = self.world == 1  # nothing is lost then; but others would wait
         figures = measure(self)
         self.interruptible = False

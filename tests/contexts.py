@@ -55,8 +55,8 @@ def rows_by_position(c, model, length, **row):
     data = validation(c)
     length = min(length, len(data))
     stride = max(length, (len(data) - length) // 23)
-    piece = 512 if model.recurrent else length
-    nats = window_nats(model, data, length, stride, 4 if model.recurrent else 1, piece)
+    piece = 512 if model.constant_memory else length
+    nats = window_nats(model, data, length, stride, 4 if model.constant_memory else 1, piece)
     return tell([{"table": "position", **row, "from": a, "to": b, "bpb": bpb}
                  for a, b, bpb in by_position(nats)])
 
@@ -167,9 +167,9 @@ def repeated(c, model, distance, size=32, count=32):
     starts = torch.arange(count) * ((len(data) - distance) // count)
     rows = torch.stack([data[s:s + distance + size] for s in starts.tolist()])
     rows[:, -size:] = rows[:, :size]
-    piece = 512 if model.recurrent else distance + size
+    piece = 512 if model.constant_memory else distance + size
     nats = []
-    for group in rows.split(8 if model.recurrent else 2):
+    for group in rows.split(8 if model.constant_memory else 2):
         found = read_through(model, group[:, :-1], group[:, 1:], piece, each_nats)
         nats.append(torch.cat(found, dim=1)[:, -size:])
     return torch.cat(nats).mean().item() / math.log(2)

@@ -33,7 +33,7 @@ PARALLEL, CHUNKED = (tuple(f"{test}[{impl}" for test in (
     "test_a_scan_has_the_depth_and_the_work_of_its_table")) for impl in ("parallel", "chunked"))
 
 EXERCISES = {
-    "discretize": Exercise("scan", "test_scan", 20, "from h' = A h + B x to a step, by five rules", (
+    "discretize": Exercise("scan", "test_scan", 30, "from h' = A h + B x to a step, by five rules", (
         "test_zoh_and_bilinear_of_a_scalar",
         "test_all_rules_agree_as_dt_goes_to_zero",
         "test_gated_rnn_is_the_one_dimensional_case_under_zoh",
@@ -50,7 +50,7 @@ EXERCISES = {
         "test_fft_convolution_is_the_sum_it_stands_for",
         "test_convolution_is_recurrence_is_scan",
         "test_fft_convolution_of_bfloat16_is_done_in_float32",
-        "test_fft_convolution_takes_l_log_l_operations")),
+        "test_fft_convolution_takes_l_log_l_operations"), ("_widen", "_skip", "_no_autocast")),
     "_associative": Exercise("scan", "test_scan", 40, "a scan as a tree: log l steps, odd lengths",
                              PARALLEL, ("scan", "_scan_parallel")),
     "_chunks_then_carries": Exercise("scan", "test_scan", 35, "a state enters linearly: sqrt(l)",

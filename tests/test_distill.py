@@ -148,7 +148,7 @@ def test_stepwise_replacement_keeps_the_layers_that_were_replaced_before():
         old, now = source.state_dict(), student.state_dict()
         assert all(torch.equal(old[k], now[k]) for k in old.keys() & now.keys())
         source = student
-    assert replaced(source, teacher) == list(range(8)) and source.recurrent
+    assert replaced(source, teacher) == list(range(8)) and source.constant_memory
 
 
 def test_a_hybrid_continues_from_its_mixed_state():

@@ -157,7 +157,7 @@ def test_both_parts_of_the_state_matter(kind):
 def test_the_recurrent_state_has_the_same_size_after_any_length(kind):
     model = make(kind)
     shapes = {tuple(t.shape for t in tensors_of(model(tokens(l))[1])) for l in (1, 2, 3, 4, 50)}
-    assert len(shapes) == 1 and model.recurrent
+    assert len(shapes) == 1 and model.constant_memory
 
 
 def test_a_window_bounds_the_cache_and_what_is_seen():
@@ -169,7 +169,7 @@ def test_a_window_bounds_the_cache_and_what_is_seen():
     difference = (model(changed)[0] - model(x)[0]).abs().amax((0, 2))
     assert (difference[:9] > 1e-9).all() and (difference[9:] < 1e-13).all()
     assert all(layer.k.shape[1] == layer.v.shape[1] == 4 and layer.position == 30 for layer in model(x)[1])
-    assert not model.recurrent and not make("hybrid").recurrent
+    assert model.constant_memory and not make("hybrid").constant_memory
 
 
 @every_kind

@@ -132,7 +132,7 @@ def test_a_rows_loss_is_the_mean_over_its_targets():
 
 class Oracle(torch.nn.Module):
     """Knows each byte that it sees, with probability 1/2, and guesses uniformly at a mask."""
-    recurrent = False
+    constant_memory = False
 
     def __init__(self):
         super().__init__()

@@ -36,7 +36,7 @@ def test_every_flag_in_the_readme_exists():
 
 def test_every_file_and_test_in_the_readme_exists():
     names = set(re.findall(r"\b(?:[\w.-]+/)*[\w-]+\.(?:py|svg|json|txt|ini)\b", ALL))
-    for name in names - {"input.txt", "me.txt", "my.py", "vocab.txt", "config.json", "before.json"}:
+    for name in names - {"input.txt", "me.txt", "my.py", "my_exact.py", "vocab.txt", "config.json", "before.json"}:
         assert (ROOT / name).exists(), name
     for file, test in set(re.findall(r"(tests/\w+\.py)::(\w+)", ALL)):
         assert f"def {test}(" in (ROOT / file).read_text(), test
@@ -59,11 +59,14 @@ def test_the_front_page_is_short_and_its_python_runs():
     assert names["y"].shape == names["x"].shape and names["more"].shape == (1, 40, 256)
 
 
-def test_the_spring_of_the_course_swings(capsys):
-    block, = re.findall(r"^```python\n(.*?)^```", COURSE, re.S | re.M)
-    exec(block, {})
+def test_the_programs_of_the_course_run(capsys):
+    """The spring swings, and ssd without decay is attention without softmax."""
+    spring, attention = re.findall(r"^```python\n(.*?)^```", COURSE, re.S | re.M)
+    exec(spring, {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 50 and len(set(lines[:5])) == 1 and len(set(lines)) > 10
+    exec(attention, {})
+    assert float(capsys.readouterr().out[7:-2]) < 1e-5  # tensor(..)
 
 
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
