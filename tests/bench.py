@@ -428,7 +428,7 @@ def language_model(path, d_model, n_layer):
     if path in PEERS:
         return PEERS[path](d_model, n_layer)
     model = LM(our_config(path, d_model, n_layer))
-    return model, lambda tokens: model(tokens)[0], model
+    return model, lambda tokens: model(tokens, upto=0)[0], model  # training asks for no state
 
 
 def make_train(path, b, l, d_model, n_layer, device):
