@@ -405,9 +405,6 @@ def dplr_legs(n):
     return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
-STEPWISE = {"recurrence": True, "convolution": False}  # the paths of s4 and s4d
-
-
 def dplr_discretize(dt, Lambda, P, B):
     """times, Bbar of the bilinear rule for A = diag(Lambda) - P P^*. times(h) is Abar h in O(n): h (..., d, n).
 
@@ -429,14 +426,6 @@ def dplr_discretize(dt, Lambda, P, B):
     return times, 2 * half * (E * B - Q * (R * B).sum(-1, keepdim=True))
 
 
-def _answers(times, h, C, l):
-    """Re C Abar^j h for j < l: h (..., d, n), C (d, n) -> (..., d, l)."""
-    hs = [h]
-    for _ in range(l - 1):
-        hs.append(times(hs[-1]))
-    return (torch.stack(hs, dim=-2) * C[:, None]).sum(-1).real
-
-
 def s4_kernel(dt, Lambda, P, B, C, l):
     """K_j = Re C Abar^j Bbar by the bilinear rule, in l steps of O(n): dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
@@ -445,35 +434,33 @@ def s4_kernel(dt, Lambda, P, B, C, l):
     C Abar^l would take l steps as well, or log l products of full matrices. K is made once for a whole batch.
     """
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
-    return _answers(times, Bbar, C, l)
+    hs = [Bbar]
+    for _ in range(l - 1):
+        hs.append(times(hs[-1]))
+    return (torch.stack(hs, dim=-2) * C[:, None]).sum(-1).real
 
 
-def s4(x, dt, Lambda, P, B, C, D=None, h0=None, impl="auto", upto=None):
+def s4(x, dt, Lambda, P, B, C, D=None, h0=None, upto=None):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re C h_t + D x_t,   bilinear rule, A = diag(Lambda) - P P^*
 
     x (b, l, d), dt (d,); Lambda, P, B, C (d, n) complex; D (d,); h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. impl: recurrence, convolution;
-    auto is a recurrence for l = 1 only. The convolution takes upto further steps to find h: upto = 0 saves them.
+    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. Where no state comes in or is
+    asked for, h0 = None and upto = 0, y is a convolution, as in training; otherwise the states are stepped through.
     """
     _check("s4", x=(x, "b l d"), dt=(dt, "d"), Lambda=(Lambda, "d n"), P=(P, "d n"),
            B=(B, "d n"), C=(C, "d n"), D=(D, "d"), h0=(h0, "b d n"))
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
+    before = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
+    if h0 is None and end == 0:
+        return fft_conv(x, s4_kernel(dt, Lambda, P, B, C, l), D), before
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
-    h = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
-    if _choose(impl, "recurrence" if l == 1 else "convolution", STEPWISE):
-        hs = [h]
-        for x_t in wide.unbind(1):
-            hs.append(times(hs[-1]) + Bbar * x_t[..., None])
-        y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
-        return _skip(y, wide, D).to(x.dtype), hs[end]
-    y = fft_conv(wide, _answers(times, Bbar, C, l), D)
-    if h0 is not None:
-        y = y + _answers(times, times(h0), C, l).mT
-    for x_t in wide[:, :end].unbind(1):
-        h = times(h) + Bbar * x_t[..., None]
-    return y.to(x.dtype), h
+    hs = [before]
+    for x_t in wide.unbind(1):
+        hs.append(times(hs[-1]) + Bbar * x_t[..., None])
+    y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
+    return _skip(y, wide, D).to(x.dtype), hs[end]
 
 
 # S4D: A diagonal, zero-order hold. A system is n separate complex numbers
@@ -511,26 +498,26 @@ def s4d_kernel(dt, A, B, C, l):
     return _vandermonde_times(_vandermonde(dt[:, None] * A, l), C * Bbar)[..., :l]
 
 
-def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
+def s4d(x, dt, A, B, C, D=None, h0=None, upto=None):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re sum_n C h_t + D x_t,   by zero-order hold
 
     x (b, l, d), dt (d,); A, B, C (d, n) complex, B may be a number; D (d,); h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. impl: recurrence, convolution;
-    auto is a recurrence for l = 1 only. The convolution is exact with states too: h0 adds C Abar^(t+1) h0 to y_t
-    whatever x is, and h is a sum over the inputs.
+    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. One input is a step. More are a
+    convolution, which is exact with states too: h0 adds C Abar^(t+1) h0 to y_t whatever x is, and h is a sum over the
+    inputs.
     """
     _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), B=(B, "d n"), C=(C, "d n"),
            D=(D, "d"), h0=(h0, "b d n"))
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
-    z = dt[:, None] * A
     Abar, Bbar = discretize(dt[:, None], A, B, "zoh")
     before = torch.zeros_like(wide[:, 0, :, None] * C) if h0 is None else h0
-    if _choose(impl, "recurrence" if l == 1 else "convolution", STEPWISE):
-        h = scan(Abar[None, None], Bbar * wide[..., None], before, "naive")  # (b, l, d, n)
-        y = _skip((C * h).sum(-1).real, wide, D)
-        return y.to(x.dtype), h[:, end - 1] if end else before
+    if l == 1:
+        h = Abar * before + Bbar * wide[:, 0, :, None]
+        y = _skip((C * h).sum(-1).real[:, None], wide, D)
+        return y.to(x.dtype), h if end else before
+    z = dt[:, None] * A
     powers = _vandermonde(z, l)
     y = fft_conv(wide, _vandermonde_times(powers, C * Bbar)[..., :l], D)
     if h0 is not None:
@@ -538,8 +525,7 @@ def s4d(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     if end == 0:
         return y.to(x.dtype), before
     inputs = _inputs_in_state(_vandermonde(z, end), wide[:, :end])
-    h = torch.exp(end * z) * before + Bbar * inputs
-    return y.to(x.dtype), h
+    return y.to(x.dtype), torch.exp(end * z) * before + Bbar * inputs
 
 
 def _vandermonde(z, l):

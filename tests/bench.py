@@ -564,7 +564,7 @@ def step_errors(l):
         steps = []
         h = None
         with torch.no_grad():
-            y, _ = mixer.scan(x, None, None)
+            y, _ = mixer.scan(x, None, 0)
             for x_t in x.split(1, dim=1):
                 y_t, h = mixer.scan(x_t, h, None)
                 steps.append(y_t)

@@ -1,4 +1,5 @@
 """scan.py section 3: from the continuous system to the kernel, with values from an independent program."""
+import functools
 import math
 
 import pytest
@@ -312,23 +313,47 @@ def random_system(name, n=6, d=3, dtype=C128):
     return [dt, *system, C, D]
 
 
+def stepped(layer, x, *system, h0=None):
+    """One call for each input."""
+    ys = []
+    for x_t in x.split(1, dim=1):
+        y, h0 = layer(x_t, *system, h0=h0)
+        ys.append(y)
+    return torch.cat(ys, dim=1), h0
+
+
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("l", [1, 2, 3, 7, 8, 31, 64, 100, 257])
 @pytest.mark.parametrize("layer", [s4, s4d])
-def test_convolution_is_recurrence_with_states_in_and_out(layer, l, with_h0):
+def test_one_call_is_many_steps_with_states_in_and_out(layer, l, with_h0):
     """Values, last state, and gradients to everything, also through the last state."""
     system = random_system(layer.__name__)
     torch.manual_seed(l)
     tensors = [torch.randn(2, l, 3, dtype=F64), *system] + [torch.randn(2, 3, 6, dtype=C128)] * with_h0
     results = []
-    for impl in ("recurrence", "convolution"):
+    for f in (layer, functools.partial(stepped, layer)):
         leaves = [t.clone().requires_grad_() for t in tensors]
-        y, h = layer(*leaves, impl=impl)
+        y, h = f(*leaves[:len(system) + 1], h0=leaves[-1] if with_h0 else None)
         gen = torch.Generator().manual_seed(1)
         dy, dh = torch.randn(y.shape, generator=gen, dtype=F64), torch.randn(h.shape, generator=gen, dtype=F64).to(C128)
         results.append([y, h, *torch.autograd.grad((y, h), leaves, (dy, dh))])
     names = "y h dx ddt dA dB" if layer is s4d else "y h dx ddt dLambda dP dB"
     all_close(*results, f"{names} dC dD dh0", 1e-9)
+
+
+@pytest.mark.parametrize("l", [1, 2, 3, 7, 8, 31, 64, 100, 257])
+@pytest.mark.parametrize("layer", [s4, s4d])
+def test_the_convolution_of_training_is_the_recurrence(layer, l):
+    """Without a state, in or out: values and gradients to everything."""
+    torch.manual_seed(l)
+    tensors = [torch.randn(2, l, 3, dtype=F64), *random_system(layer.__name__)]
+    dy = torch.randn(2, l, 3, dtype=F64)
+    results = []
+    for f in (lambda *t: layer(*t, upto=0)[0], lambda *t: stepped(layer, *t)[0]):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = f(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    all_close(*results, "y dx ddt dA dB dC dD" if layer is s4d else "y dx ddt dLambda dP dB dC dD", 1e-9)
 
 
 @pytest.mark.parametrize("layer", [s4, s4d])
@@ -342,8 +367,6 @@ def test_misshapen_inputs_are_named(layer):
     for shape in ((2, 3, 1), (3, system[0].shape[1]), (2, 3)):
         with pytest.raises(ValueError, match="h0 has shape"):
             layer(torch.randn(2, 5, 3), dt, *system, h0=torch.zeros(shape))
-    with pytest.raises(ValueError, match="recurrence, convolution, auto"):
-        layer(torch.randn(2, 5, 3), dt, *system, impl="scan")
 
 
 @pytest.mark.parametrize("layer, tolerance", [(s4, 2e-5), (s4d, 1.5e-5)])
@@ -353,5 +376,5 @@ def test_float32_convolution_stays_near_float32_steps(layer, tolerance):
     dt, C = torch.exp(torch.rand(4) * math.log(100) + math.log(0.001)), torch.randn(4, 64, dtype=torch.complex64)
     system = [t.to(torch.complex64).expand(4, -1) for t in (dplr_legs(64)[:3] if layer is s4 else s4d_init("lin", 128))]
     x = torch.randn(1, 1024, 4)
-    steps, conv = (layer(x, dt, *system, C, impl=impl)[0] for impl in ("recurrence", "convolution"))
+    steps, conv = stepped(layer, x, dt, *system, C)[0], layer(x, dt, *system, C, upto=0)[0]
     assert (steps - conv).abs().max() < tolerance * steps.abs().max()
