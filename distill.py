@@ -18,11 +18,11 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
     norms, SwiGLU, embedding, head                              copied
 
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
-factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin as
-follows, which differs from the paper: so that a new layer starts near the copied map, the convolution is the identity,
-D is 0, and dt is 0.1 where its projection gives 0. Not neutralized are SiLU after the convolution, the random gate z,
-the norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps. So the equality above
-is that of dt = 1 and A = 0, and a new layer begins near enough to it to be trained.
+factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin so
+that what is copied speaks first, which differs from the paper: the convolution is the identity, D is 0, and dt is 0.1
+where its projection gives 0. It does not speak alone: there are SiLU after the convolution, the random gate z, the
+norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps.
+Letters as in scan.py; behind the map v is the vocabulary.
 """
 import dataclasses
 import sys
@@ -73,7 +73,7 @@ def keeps_attention(i, share):
 
 def student_config(c, share, mixers):
     """The Config c with Mamba-2 where attention is not kept, in the sizes that the map wants. A source that is a hybrid
-    already keeps its sizes, since a Config has one for all layers; if they are not the map's, mixers must be random."""
+    already keeps its sizes, since a Config has one for all layers; if they are not the map's, nothing can be copied."""
     size = c.d_model // c.n_head
     shape = {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head}
     new = dataclasses.replace(c, **shape)
@@ -87,14 +87,14 @@ def student_config(c, share, mixers):
 
 
 def input_rows(mixer):
-    """The parts of Mamba-2's in_proj by name, as views of its weight, (rows, d_model)."""
+    """The parts of Mamba-2's in_proj by name, as views of its weight, (rows, d_model). z is as wide as x."""
     sizes = [mixer.conv_parts[0], *mixer.conv_parts, mixer.heads]
     return dict(zip(["z", "x", "B", "C", "dt"], mixer.in_proj.weight.split(sizes)))
 
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """The map, and what is out of its way; a key or value head that r queries share is repeated r times in a row.
+    """The map; the new parts stay out of its way. A key or value head that r queries share is repeated r times.
 
     mixer, a Mamba2: in_proj (its rows: input_rows), conv1d (weight (channels, 1, taps), the last tap meets the present;
     bias, or None), D and dt_bias (heads,), where dt = softplus(dt_bias + its rows), out_proj, heads. attention: q_proj,
@@ -104,8 +104,8 @@ def copy_attention(mixer, attention):
     source = {"x": attention.v_proj, "B": attention.k_proj, "C": attention.q_proj}
     for part, projection in source.items():
         heads = projection.weight.unflatten(0, (-1, attention.size))  # (heads, size, d_model)
-        shared = mixer.heads // len(heads)
-        rows[part].copy_(heads.repeat_interleave(shared, dim=0).flatten(0, 1))
+        r = mixer.heads // len(heads)
+        rows[part].copy_(heads.repeat_interleave(r, dim=0).flatten(0, 1))
     mixer.out_proj.weight.copy_(attention.out_proj.weight)
     mixer.conv1d.weight.zero_()[..., -1] = 1
     if mixer.conv1d.bias is not None:
@@ -126,15 +126,17 @@ def within(layers):
 
 
 def make_student(source, share, mixers):
-    """source with attention replaced where it is not kept: its weights wherever they fit, unless mixers is scratch."""
+    """source with attention replaced where it is not kept: all weights but the new mixers' are copied, and none if
+    mixers is scratch."""
     student = LM(student_config(source.config, share, mixers)).to(source.embedding.weight)
     if mixers != "scratch":
         new = replaced(student, source)
         weights = source.state_dict().items()
         kept = {name: w for name, w in weights if not name.startswith(within(new))}
         student.load_state_dict(kept, strict=False)
-        for i in new if mixers == "attention" else ():
-            copy_attention(student.layers[i].mixer, source.layers[i].mixer)
+        if mixers == "attention":
+            for i in new:
+                copy_attention(student.layers[i].mixer, source.layers[i].mixer)
     return student
 
 
@@ -142,7 +144,7 @@ def make_student(source, share, mixers):
 # Stages: which parameters train
 #
 # align    new mixers   each learns its attention layer's output from the teacher's input to it: a stage of our own
-# mixers   new mixers   the released stage 1: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
+# mixers   new mixers   stage 1 of the released code: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
 # The bar shows the stage's loss, and train_bpb in log.jsonl is that over ln 2; val_bpb is the student's own.
 
@@ -200,11 +202,12 @@ def make_loss(c, teacher, new):
             seen[i] = args[0], answer[0]
         teacher.layers[i].mixer.register_forward_hook(note)
 
-    for i in new if align else ():
-        listen(i)
+    if align:
+        for i in new:
+            listen(i)
 
     def loss_of(student, tokens, targets):
-        with torch.no_grad():
+        with torch.no_grad():  # for align the hooks count: they fill seen
             wanted = teacher(tokens, upto=0)[0] if align or c.kl or c.reverse_kl else None
         if align:
             return align_loss(student, seen)
@@ -276,7 +279,7 @@ def main(argv):
         corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
     torch.manual_seed(c.seed)
     student, extra = resumed or (make_student(source, c.keep_attention, c.mixers), {})
-    new = replaced(student, teacher)
+    new = replaced(student, teacher)  # those of earlier stages too
     require(c.stage == "all" or new, f"--stage {c.stage} trains new mixers, "
             f"and --keep_attention {c.keep_attention} leaves none")
     freeze(student, c.stage, new)

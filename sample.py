@@ -111,7 +111,8 @@ def compiled_step(model, token):
 
 @torch.inference_mode()
 def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likeliest=False):
-    """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; 0 is one per round.
+    """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; with rounds = 0 each
+    round fills one.
 
     A round draws a token for every hole as if it were the only one, and keeps a share of them. At random places, one
     per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those
@@ -211,7 +212,7 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
             guesses, q = drafter.draft(text, useful, distribution, generator)
         unread = len(text) - seen
         window = tokens.new_tensor([text[seen:] + guesses])
-        logits, state = model(window, state, unread if guesses else None)  # the same
+        logits, state = model(window, state, unread)
         p = distribution(logits[0, unread - 1:])  # (n + 1, v) for n guesses
         onehot = F.one_hot(window[0, unread:], p.shape[1])
         onehot = F.pad(onehot, (0, 0, 0, 1)).to(p)  # (n + 1, v)
@@ -223,8 +224,8 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
         text += [*guesses[:accepted], token]
         if rounds is not None:
             rounds.append((len(guesses), accepted))
-        for token in text[seen:target]:
-            yield [token]
+        for written in text[seen:target]:
+            yield [written]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,9 +233,10 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
 
 
 class Drafter:
-    """draft(text, k, distribution, generator) -> guesses, q. text is a list of ids, guesses a list of n that may follow
-    it, any n >= 0 near k; q (n, v) are the distributions that they were drawn from, each given those before it, or None
-    if nothing was drawn. The text grows from call to call until start() begins another."""
+    """draft(text, k, distribution, generator) -> guesses, q. text is a list of ids, guesses a list of n ids that may
+    follow it: n is k at most, or the bytes of k words. q (n, v) are the distributions that they were drawn from, each
+    given those before it, or None if nothing was drawn. The text grows from call to call until start() begins
+    another."""
 
     def start(self):
         pass
@@ -356,7 +358,7 @@ class Flags:
     ckpt: str = flag("", "a checkpoint: a run's folder, or a published one's (default: "
                      "out/mamba2, or assets/mamba2.pt where that does not exist yet)")
     prompt: str = flag("", "text, or ids for a model of tokens; - is standard input")
-    bytes: int = flag(500, "how many to write", low=1)
+    bytes: int = flag(500, "how many to write (tokens, if the model reads those)", low=1)
     fill: str = flag("", "text whose underscores an encoder fills, one byte each; without any, "
                      "--bytes of them follow it; with BiGS's weights one word per run of them")
     rounds: int = flag(0, "fill in so many rounds of equal shares; 0 is one hole per round", low=0)
@@ -374,7 +376,7 @@ class Flags:
                       "the text) or counts (draws from n-grams of --ckpt's corpus)")
     k: int = flag(8, "guesses per round, in words if the drafter reads words", low=1)
     stats: bool = flag(False, "what --draft brought, beside plain writing, on stderr")
-    compile: bool = flag(False, "torch.compile: slow to start, then about twice the speed")
+    compile: bool = flag(False, "torch.compile: slow to start, then two to three times as fast")
 
 
 def check(c):

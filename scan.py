@@ -770,21 +770,19 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(u.device):
         log_a = log_a.clamp(min=-1e30)  # -inf times a zero would be NaN
-        y, h = path(u, log_a, B, C, h0)
-        if end < sizes["l"]:
-            h = _last_state(*_heads_first(*(t[:, :end] for t in (u, log_a, B, C))), h0)
-        return y, h
+        return path(u, log_a, B, C, h0, end)
 
 
-def _ssd_naive(u, log_a, B, C, h):
+def _ssd_naive(u, log_a, B, C, h0, end):
     """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
     B = per_head(B, u.shape[2], 2)
     C = per_head(C, u.shape[2], 2)
     ys = []
+    hs = [h0]
     for u_t, a_t, B_t, C_t in zip(u.unbind(1), log_a.exp().unbind(1), B.unbind(1), C.unbind(1)):
-        h = a_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]
-        ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
-    return torch.stack(ys, dim=1), h
+        hs.append(a_t[..., None, None] * hs[-1] + u_t[..., None] * B_t[:, :, None])
+        ys.append((hs[-1] @ C_t[..., None]).squeeze(-1))  # (b, nh, p)
+    return torch.stack(ys, dim=1), hs[end]
 
 
 def per_head(t, heads, dim):
@@ -793,17 +791,19 @@ def per_head(t, heads, dim):
     return t if groups in (1, heads) else t.repeat_interleave(heads // groups, dim=dim)
 
 
-def _ssd_quadratic(u, log_a, B, C, h0):
+def _ssd_quadratic(u, log_a, B, C, h0, end):
     """Masked attention over the whole length."""
     parts = _heads_first(u, log_a, B, C)
-    return _attend(*parts, h0).transpose(1, 2), _last_state(*parts, h0)
+    y = _attend(*parts, h0).transpose(1, 2)
+    return y, _last_state(*(t[:, :, :end] for t in parts), h0)
 
 
-def _ssd_chunked(u, log_a, B, C, h0, size=32):
+def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
     """The three steps above, q = size. The last chunk is filled up with steps of u = 0, a = 1, which change nothing."""
     b, l = u.shape[:2]
     if l <= size:
-        return _ssd_quadratic(u, log_a, B, C, h0)
+        return _ssd_quadratic(u, log_a, B, C, h0, end)
+    first = [t[:, :end] for t in (u, log_a, B, C)]
     count = math.ceil(l / size)
     if l % size:
         fill = (0, -l % size)  # F.pad counts axes from the last: (0, 0) for each one after l
@@ -816,8 +816,9 @@ def _ssd_chunked(u, log_a, B, C, h0, size=32):
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
     y = y.unflatten(0, (b, count)).flatten(1, 2)[:, :l]
-    h_last = h[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all of h
-    return y, h_last
+    if end < l:
+        return y, _last_state(*_heads_first(*first), h0)
+    return y, h[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all of h
 
 
 def _heads_first(u, log_a, B, C):

@@ -1,8 +1,14 @@
 """Train a byte language model: python train.py, or -h for the flags.
 
-In order: flags, where it runs, what is predicted, the optimizer, validation, the run's folder, the loop, the script.
-The loop itself is the function train. Figures are in bits per byte, nats / ln 2, unless they name another unit: the
-loss at step 0 is in nats, --objective mask counts bits per masked byte, a task bits per target.
+In order: flags, where it runs, what is predicted, the optimizer, validation, the run's folder, the loop (the function
+train), what stands around it, the script. Letters: c the flags, b windows, l positions, v tokens of the vocabulary.
+
+    main -> open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
+                                                   -> finish -> Run.validate -> measure -> evaluate, once or twice
+
+Figures are in bits per byte, nats / ln 2, unless they name another unit: the
+loss at step 0 is in nats, --objective mask counts bits per masked byte, diffusion bounds bits per byte, a task has bits
+per target.
 """
 import argparse
 import ctypes
@@ -90,7 +96,7 @@ def script(main):
             if isinstance(e, BrokenPipeError):
                 return 130
             reason = " ".join(str(e).split())[:300] or "out of memory"
-            way_out = "; lower --batch_size, --seq_len or --d_model, or give it less data"
+            way_out = "; lower the batch, the length or the model's size, or give it less data"
             print(f"error: {reason}{way_out if short else ''}", file=sys.stderr)
             return 2
     return run
@@ -113,11 +119,11 @@ class RunFlags:
                      "from compute capability 8.0",
                       one_of=("auto", "float32", "bfloat16", "float64"))
     compile: bool = flag(False, "torch.compile the model: slow to start, then faster")
-    seq_len: int = flag(128, "bytes in a window", low=1, high=2**24)
+    seq_len: int = flag(128, "bytes in a window (tokens, if those are words)", low=1, high=2**24)
     batch_size: int = flag(8, "windows in a step, over all processes", low=1, high=2**20)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
     lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero")
-    warmup: int = flag(50, "first steps, over which it rises from zero instead")
+    warmup: int = flag(50, "first N steps, in which that rate is multiplied by 1/N, 2/N, .. 1")
     weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit")
 
@@ -190,7 +196,7 @@ def agree(run, nats, seconds):
 # targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of
 # `first`, the number of windows drawn before these: a resumed run and several processes draw the same. A window's
 # loss is the mean over its targets. A task (data/synthetic.py) makes windows of its own instead of cutting a text:
-# task(length, batch, seed, step).
+# task(length, batch, seed, step) -> tokens, targets, which next_byte passes on as they are.
 
 TASK_WINDOWS = 512  # on which a task is scored
 
@@ -203,9 +209,9 @@ class Objective(NamedTuple):
 
 def choose(k, l, seed, first):
     """Booleans (b, l), k[i] of them True in row i, chosen at random; and the generator to go on with."""
-    rng = np.random.default_rng((seed, first, 1))  # 1: apart from the (seed, epoch) of windows
-    rank = rng.random((len(k), l)).argsort(1).argsort(1)
-    return rank < k[:, None], rng
+    rng = np.random.default_rng((seed, first, 1))  # the 1: windows draws from (seed, epoch)
+    place = rng.random((len(k), l)).argsort(1).argsort(1)  # of each position in a random order
+    return place < k[:, None], rng
 
 
 def next_byte(before, targets, seed, first):
@@ -228,9 +234,11 @@ def masked_diffusion(before, targets, seed, first):
     """k of l bytes from the others, k uniform in 1 .. l: the mean loss bounds that of all bytes in a row.
 
         -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
-    This is the chain rule, averaged over all orders. With t = k/l it is the diffusion bound, an integral over t
-    weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks. Window j takes k from the fraction
-    (j * golden ratio) mod 1, which is uniform in the long run and spread out evenly within any few windows.
+    Proof: write a text in a random order. With k bytes still to come each of them is the next with chance 1/k, so the
+    mean of its -log p is the sum over k. Add up k = l .. 1: by Jensen that bounds -log of the mean over orders. With
+    t = k/l it is the diffusion bound, an integral over t weighted 1/t (Sahoo et al. 2024), without the variance of the
+    number of masks. Window j takes k from the fraction (j * golden ratio) mod 1, which is uniform in the long run and
+    spread out evenly within any few windows.
     """
     b, l = targets.shape
     fraction = (math.sqrt(5) - 1) / 2 * (first + np.arange(b)) % 1
@@ -304,16 +312,16 @@ def make_optimizer(model, lr, weight_decay):
 
 
 def learning_rate(c, step, progress):
-    """Linear warm-up to the peak, times a line from 1 at progress 0 to 0 at progress 1."""
+    """Linear warm-up, a factor from 1/warmup to 1, times a line from lr at progress 0 to 0 at progress 1."""
     return c.lr * min(1.0, (step + 1) / max(c.warmup, 1)) * (1 - min(progress, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Validation
+# 5. Validation: evaluate is one pass over the data; measure, below, calls it once or twice
 
 
 def validation_pieces(data, seq_len, batch_size, carried=False):
-    """All of data once, in arrays (2, b, l): the bytes before and the bytes; a newline comes before the first.
+    """All of data once, in arrays (2, b, l), [0] the bytes before and [1] the bytes; a newline comes before the first.
     Windows of seq_len, up to batch_size per piece, and a shorter last one. Carried: each piece is one long window."""
     if carried:
         return validation_pieces(data, seq_len * batch_size, 1)
@@ -329,14 +337,14 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
     """(bits per target, share guessed right) over all of data; for the objective next each token is a target once.
 
     Each window begins with an empty state, so a byte is predicted from its window alone. Carried: the state is handed
-    from piece to piece, so a byte is predicted from everything before it, in constant memory.
+    from piece to piece, so a byte is predicted from all before it that the state keeps, in constant memory.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     nats = right = first = count = 0
     state = None
-    if objective.task:  # windows from a seed that no run has
+    if objective.task:  # windows from a seed that no run has: the largest --seed is 2**62
         scored = np.stack(objective.task(seq_len, TASK_WINDOWS, 2**63, 0))
         pieces = np.split(scored, range(batch_size, TASK_WINDOWS, batch_size), axis=1)
     else:
@@ -365,8 +373,8 @@ FILES = ("last.pt", "best.pt", "log.jsonl")
 
 
 def open_run(c, given, script):
-    """(flags, model and extra of last.pt or None): a new run in --out, or the one to resume there, which has its own
-    flags but for those given; saved flags that no longer exist are left out."""
+    """(flags, None) of a new run in --out, or (flags, (model, extra)) of the last.pt there, to be resumed with its own
+    flags but for those given. Saved flags that no longer exist are left out."""
     folder = Path(c.out)
     require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
     real = Path(os.path.realpath(folder))
@@ -423,8 +431,35 @@ def open_log(folder, logged):
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. The loop
 
-VALIDATED = 8192  # tokens per call in validation, at least: many windows share an S4 kernel
-CARRIED = 1024  # with the state carried: attention in a window masks most of a longer piece
+
+def train(run, model):
+    """The loop, until the budget is spent or a signal comes. model is run.model, compiled or wrapped as may be."""
+    c = run.c
+    optimizer = run.optimizer
+    while run.progress < 1 and not run.stopped:
+        run.validate_if_due()
+        began = time.perf_counter()
+        run.lr = learning_rate(c, run.step, run.progress)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * group["share"]
+        loss = 0.0
+        for tokens, targets in run.batches():  # the windows of the step; in parts with --accumulate
+            with run.cast:
+                part = run.loss_of(model, tokens, targets) / c.accumulate
+            part.backward()
+            loss += part.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        nats = loss.item()  # waits for the device
+        run.after_step(nats, time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. What stands around the loop: figures, what a run carries and keeps, the screen, signals
+
+VALIDATION_TOKENS = 8192  # per call, at least: all windows of a call share one S4 kernel
+CARRIED_TOKENS = 1024  # per call: attention scores a piece l x l, and its window keeps few
 SAVE_SECONDS = 60  # a crash loses about this much training at most
 KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float,
         "logged": int, "data": str}  # of a Run, in its checkpoints
@@ -433,15 +468,18 @@ BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 
 
 def measure(run):
-    """The figures of a validation, bits per byte also where tokens are words. val_bpb_carried is None where the state
-    grows with the text, for S4, which takes a step per byte to find its state, and for tasks, which are no stream."""
+    """The figures of a validation, bits per byte also where tokens are words. val_bpb_carried is None for an encoder,
+    for attention without a window, whose state grows, for S4, which takes a step per byte to find its state, and for
+    tasks, which are no stream."""
     c = run.c
     bytes_per_token = run.tokens.bytes_per_token
     score = partial(evaluate, run.model, run.tokens.val, c.seq_len, cast=run.cast)
-    bits, accuracy = score(max(c.batch_size, VALIDATED // c.seq_len), objective=run.objective)
+    bits, accuracy = score(batch_size=max(c.batch_size, VALIDATION_TOKENS // c.seq_len),
+                           objective=run.objective)
     carried = None
     if run.model.constant_memory and not run.objective.task and "s4" not in run.model.config.kinds:
-        carried = score(max(1, CARRIED // c.seq_len), carried=True)[0] / bytes_per_token
+        batch_size = max(1, CARRIED_TOKENS // c.seq_len)
+        carried = score(batch_size=batch_size, carried=True)[0] / bytes_per_token
     return {"val_bpb": bits / bytes_per_token, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
@@ -454,10 +492,11 @@ class Run:
         self.folder = Path(c.out)
         self.script = script
         self.corpus = corpus._replace(val=corpus.val[:c.val_bytes or None])
-        self.tokens = in_words(self.corpus, model.config.merges)
+        self.tokens = in_words(self.corpus, model.config.merges)  # the corpus as the model reads it
         self.step_bytes = c.batch_size * c.seq_len * self.tokens.bytes_per_token
-        self.read = 0  # tokens
+        self.read = 0  # tokens, so far
         ends = bytes(corpus.train[:4096]) + bytes(corpus.train[-4096:])
+        # a resumed run has to find the same
         self.data = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
@@ -476,7 +515,7 @@ class Run:
         self.interruptible = False  # True in a validation by a single process
         self.lock = self.log = self.bar = None  # opened by fit
 
-    def note(self, number, frame):
+    def on_signal(self, number, frame):
         """The first Ctrl-C or SIGTERM is noted, and the loop ends after its step; a second exits."""
         now = time.monotonic()
         if self.caught and now - self.caught_at > 1:  # sooner it may be the same wish twice
@@ -495,7 +534,7 @@ class Run:
         return self.seconds / (60 * minutes) if minutes else self.step / self.c.steps
 
     def restore(self, extra):
-        """Go on where a checkpoint was saved; learning rates and decay are those of this run's flags."""
+        """Go on where a checkpoint was saved, with AdamW's moments; rates and decay are those of this run's flags."""
         try:
             kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
             groups = self.optimizer.state_dict()["param_groups"]
@@ -514,13 +553,13 @@ class Run:
     def save(self, name):
         """Never weights that are not finite: the file that was saved before stays."""
         finite = all(p.isfinite().all() for p in self.model.parameters())
-        self.demand(finite, "weights are not finite")
+        self.stop_unless(finite, "weights are not finite")
         save(self.folder / name, self.model, script=self.script, flags=asdict(self.c),
              optimizer=self.optimizer.state_dict(), random=torch.get_rng_state(),
              **{kept: getattr(self, kept) for kept in KEPT})
         self.saved_at = self.seconds
 
-    def demand(self, fine, found):
+    def stop_unless(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
         require(fine, f"the {found} at step {self.step}, learning rate {self.lr:.2e}: lower --lr, "
                 f"with --resume if {self.folder} has a last.pt, else in another --out")
@@ -535,12 +574,12 @@ class Run:
     def validate(self):
         """Validate and, if all is well, save. (A step's loss is computed before its update: only a validation sees the
         newest weights.)"""
-        self.interruptible = self.world == 1  # nothing is lost then; but others would wait
+        self.interruptible = self.world == 1  # it can be repeated; of several, others would wait
         figures = measure(self)
         self.interruptible = False
         bpb = figures["val_bpb"]
-        self.demand(math.isfinite(bpb), f"validation loss is {bpb}")
-        if self.validated < self.step:
+        self.stop_unless(math.isfinite(bpb), f"validation loss is {bpb}")
+        if self.validated < self.step:  # else a finished run was resumed
             self.record(**figures)
         self.validated = self.step
         if bpb < self.best_bpb:
@@ -558,7 +597,7 @@ class Run:
 
     def batches(self):
         """This process's windows of the step, in --accumulate parts: (tokens, targets), each (b, seq_len)."""
-        first = self.read // self.c.seq_len  # windows drawn, also where resumed with other sizes
+        first = self.read // self.c.seq_len  # windows of this length in what is read
         batch = draw_batch(self.c, self.tokens.train, self.objective, first)
         own = batch.chunk(self.world)[self.rank].to(self.device)
         return [part.unbind(1) for part in own.chunk(self.c.accumulate)]
@@ -566,7 +605,7 @@ class Run:
     def after_step(self, nats, took):
         """Count the step; process 0 logs it, shows it, and saves once a minute."""
         nats, self.seconds, self.stopped = agree(self, nats, self.seconds + took)
-        self.demand(math.isfinite(nats), f"loss is {nats}")
+        self.stop_unless(math.isfinite(nats), f"loss is {nats}")
         self.step += 1
         self.read += self.c.batch_size * self.c.seq_len
         if self.rank:
@@ -589,28 +628,6 @@ class Run:
             self.save("last.pt")
 
 
-def train(run, model):
-    """The loop, until the budget is spent or a signal comes. model is run.model, compiled or wrapped as may be."""
-    c = run.c
-    optimizer = run.optimizer
-    while run.progress < 1 and not run.stopped:
-        run.validate_if_due()
-        began = time.perf_counter()
-        run.lr = learning_rate(c, run.step, run.progress)
-        for group in optimizer.param_groups:
-            group["lr"] = run.lr * group["share"]
-        loss = 0.0
-        for tokens, targets in run.batches():  # the windows of the step; in parts with --accumulate
-            with run.cast:
-                part = run.loss_of(model, tokens, targets) / c.accumulate
-            part.backward()
-            loss += part.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.after_step(loss.item(), time.perf_counter() - began)
-
-
 def introduce(run):
     """The first lines on the screen: the data, the table of parameters, and where it runs."""
     corpus = run.corpus
@@ -624,7 +641,7 @@ def introduce(run):
         count = sum(p.numel() for p in named.values())
         ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}
         print(f"  {group:12}{count:>12,}  rate x {SHARE[group]}  {' '.join(sorted(ends))}")
-    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else str(run.dtype)[6:]
+    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else str(run.dtype).removeprefix("torch.")
     print(f"runs on     {run.device}, {numbers}, {torch.get_num_threads()} threads, "
           f"processes: {run.world}; its folder is {run.folder}", flush=True)
 
@@ -658,7 +675,8 @@ def finish(run):
 def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="train.py"):
     """Train model in the folder c.out until the budget is spent, and validate: the exit status.
 
-    where comes from join_processes, extra from a resumed checkpoint, or it is empty; script is what the user runs.
+    where comes from join_processes, extra from a resumed checkpoint, or it is empty; script is what the user runs. The
+    inner try ends training by a signal; the outer gives back handlers, log and lock whatever happens.
     loss_of(model, tokens, targets) is trained instead of the prediction loss, which validation measures all the same.
     """
     world = where[1]
@@ -681,7 +699,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
     signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
     if threading.current_thread() is not threading.main_thread():  # only that one may handle them
         signals = set()
-    before = {s: signal.signal(s, run.note) for s in signals
+    before = {s: signal.signal(s, run.on_signal) for s in signals
               if signal.getsignal(s) != signal.SIG_IGN}  # nohup
     try:
         try:
@@ -710,7 +728,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. The script
+# 9. The script
 
 # the mixers' own state sizes, for --d_state 0
 D_STATE = {"mamba": 16, "mamba2": 32, "mamba3": 32, "s4": 64, "s4d": 64}

@@ -660,7 +660,7 @@ def test_too_little_memory_names_what_to_lower(error, corpus, tmp_path, capsys, 
         raise error
 
     monkeypatch.setattr(train, "prediction_loss", raises)
-    refused(capsys, argv(corpus, tmp_path / "run"), "lower --batch_size, --seq_len or --d_model")
+    refused(capsys, argv(corpus, tmp_path / "run"), "lower the batch, the length or the model")
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval_only"]])
@@ -719,7 +719,7 @@ def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys)
     ("--seq_len 900", ["900 bytes", "901", "--seq_len"]), ("--data no_such_file", ["no_such_file", "shakespeare"]),
     ("--resume", ["last.pt", "python train.py"]), ("--bpe -1", ["--bpe -1"]), ("--bpe 70000", ["--bpe 70000"]),
     ("--warmup -1", ["--warmup -1"]), ("--eval_every -1", ["--eval_every -1"]),
-    ("--batch_size 1000000000", ["--batch_size 1000000000"]), ("--d_model 1000000000", ["lower", "--d_model"]),
+    ("--batch_size 1000000000", ["--batch_size 1000000000"]), ("--d_model 1000000000", ["lower", "model's size"]),
     (f"--seq_len {10**30}", ["--seq_len"]), (f"--seq_len {2**62}", ["--seq_len"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
