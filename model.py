@@ -318,7 +318,7 @@ class Mamba3(nn.Module):
         z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
         wide = torch.promote_types(x.dtype, torch.float32)
         dt, A, w, theta = (t.to(wide) for t in rest)
-        B, C = (t.unflatten(-1, (self.groups, -1)).to(wide) for t in (B, C))  # (b, l, g, n)
+        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
         A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
