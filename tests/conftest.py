@@ -3,6 +3,8 @@ Triton compiles for, it interprets its kernels, if it is told so before scan.py 
 import inspect
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,23 @@ def pytest_runtest_makereport(item, call):
     if report.failed and getattr(item.config, "mine", None):
         report.sections.append(("what is claimed", inspect.getdoc(item.obj)))
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def building(request, tmp_path_factory):
+    """The process that compiles the kernels for tests/test_triton.py, without the interpreter. It takes a while, so it
+    runs beside the tests before them."""
+    if not any("built" in item.fixturenames for item in request.session.items):
+        return (yield)
+    from test_triton import COMPILE
+    folder = str(tmp_path_factory.mktemp("triton"))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, folder]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
 
 
 def close(actual, expected, tol=1e-10, name="result"):

@@ -3,8 +3,6 @@ its kernels compiled ahead of time for GPUs that need not be there."""
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,21 +313,6 @@ try: scan.selective_scan(x, x, -x[0, :2], x, x, impl="triton")
 except RuntimeError as e: error = str(e)
 print(json.dumps([error, out]))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def building(request, tmp_path_factory):
-    """A Python without the interpreter that compiles while the tests before those of its kernels run."""
-    if not any("built" in item.fixturenames for item in request.session.items):
-        return (yield)
-    folder = str(tmp_path_factory.mktemp("triton"))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, folder]
-    with subprocess.Popen(command, cwd=Path(module.__file__).parent, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        yield process
-        process.kill()
 
 
 @pytest.fixture(scope="module")
