@@ -88,12 +88,14 @@ class Config:
         ropes = self.rope_scaling
         require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
                 f"rope_scaling {ropes!r:.80} is not four positive numbers")
+        require(all(type(i) in (tuple, list) for i in self.merges), "merges are not pairs")
         self.merges = tuple(map(tuple, self.merges))
         words = 256 + len(self.merges)
         require(self.vocab == words or not self.merges, f"vocab {self.vocab} is not {words}, the "
                 "bytes and the merges")
         check_merges(self.merges)
-        require(self.layers, "a model needs at least one layer")
+        require(self.layers and all(type(i) is str for i in self.layers),
+                f"layers {self.layers!r:.80}: a model needs at least one layer, each a name")
         require_one_of("block", self.block, ["", *BLOCKS])
         for kind in self.layers if self.block else self.kinds:
             require_one_of("layer", kind, ENCODER_MIXERS if self.block else MIXERS)
@@ -437,8 +439,8 @@ class Attention(nn.Module):
         if end - first < keys and not torch.is_grad_enabled():
             cache = [t.clone() for t in cache]  # a view would keep all of a long prompt
         state = AttentionState(*cache, position + passed)
-        plain = keys == l and not 0 < self.window < l  # nothing before x, and no window that cuts
-        if plain or l == 1:  # a single query sees all of its cache
+        cut = 0 < self.window < keys
+        if not cut and (keys == l or l == 1):  # nothing before x, or one query, which sees all
             return self.attend(q, k, v, is_causal=l > 1), state
         query = torch.arange(keys - l, keys, device=x.device)[:, None]
         distance = query - torch.arange(keys, device=x.device)  # (l, keys)
@@ -564,6 +566,11 @@ class Block(nn.Module):
         return x, state
 
 
+def check_tokens(tokens):
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), l >= 1")
+
+
 class LM(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for the token after it, and the state after the last
     position, or after the first upto. Under autocast the residual stream and the recurrent states stay in the
@@ -583,8 +590,9 @@ class LM(nn.Module):
             self.embedding.weight = self.lm_head.weight
 
     def forward(self, tokens, state=None, upto=None, last=False):
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), l >= 1")
+        check_tokens(tokens)
+        if state and len(state) != len(self.layers):
+            raise ValueError(f"a state of {len(state)} layers, expected {len(self.layers)}")
         if upto is not None and not 0 <= upto <= tokens.shape[1]:
             raise ValueError(f"upto is {upto}, expected from 0 to l, {tokens.shape[1]}")
         x = self.embedding(tokens)
@@ -734,9 +742,12 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, tokens, state=None, upto=None):
+        check_tokens(tokens)
         x = self.embedding(tokens)
         if self.position_table is not None:
-            x = x + self.position_table.weight[:tokens.shape[1]]
+            l, rows = tokens.shape[1], self.config.n_position
+            require(l <= rows, f"{l} tokens, but the table of positions has {rows}")
+            x = x + self.position_table.weight[:l]
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = layer(x)

@@ -351,6 +351,8 @@ def fft_conv(x, K, D=None):
         raise ValueError(f"fft_conv: K has {K.shape[-1]} steps, x has {l}")
     size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
     wide, K, D = _widen(x, K, D)
+    if wide.numel() == 0:  # an empty batch, which FFTs refuse
+        return _skip(wide * K.mT, wide, D).to(x.dtype)
     with _no_autocast(x.device):
         product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K, size).T
         return _skip(torch.fft.irfft(product, size, dim=1)[:, :l], wide, D).to(x.dtype)

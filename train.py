@@ -372,6 +372,11 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
 FILES = ("last.pt", "best.pt", "log.jsonl")
 
 
+def stamps(folder):
+    """{name: when it was written} of the files of a run in the folder. fit looks again when it has claimed it."""
+    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
+
+
 def open_run(c, given, script):
     """(flags, None) of a new run in --out, or (flags, (model, extra)) of the last.pt there, to be resumed with its own
     flags but for those given. Saved flags that no longer exist are left out."""
@@ -380,13 +385,15 @@ def open_run(c, given, script):
     real = Path(os.path.realpath(folder))
     inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
     require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
-    files = [name for name in FILES if (folder / name).exists()]
-    require(not files or (c.resume and "last.pt" in files), f"{folder} holds {', '.join(files)}; "
-            "choose another --out, or go on from a last.pt with --resume")
+    files = stamps(folder)
+    way_on = ", or go on with --resume" if "last.pt" in files else ""
+    require(not files or (c.resume and way_on), f"{folder} holds {', '.join(files)}; "
+            f"choose another --out{way_on}")
     if not c.resume:
         return c, None
     model, extra = load(folder / "last.pt")
     require(extra.get("script") == script, f"{folder} is no run of {script}; choose another --out")
+    extra["stamps"] = files
     saved = {name: value for name, value in extra["flags"].items() if name in vars(c)}
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}
@@ -498,6 +505,8 @@ class Run:
         ends = bytes(corpus.train[:4096]) + bytes(corpus.train[-4096:])
         # a resumed run has to find the same
         self.data = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
+        if objective.task:
+            self.data = corpus.name
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
@@ -574,6 +583,8 @@ class Run:
     def validate(self):
         """Validate and, if all is well, save. (A step's loss is computed before its update: only a validation sees the
         newest weights.)"""
+        if self.world == 1 and self.caught:  # in the save after the last step
+            raise KeyboardInterrupt
         self.interruptible = self.world == 1  # it can be repeated; of several, others would wait
         figures = measure(self)
         self.interruptible = False
@@ -690,6 +701,8 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
         torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
     else:
         run.lock = claim(run.folder)
+        require(stamps(run.folder) == extra.get("stamps", {}), "another process has just trained "
+                f"in --out {run.folder}; choose another")
         introduce(run)
         run.log = open_log(run.folder, run.logged)
     model = torch.compile(model) if c.compile else model
@@ -715,8 +728,11 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
             run.stopped = run.caught or signal.SIGINT
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
-            print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
-                  f"go on: python {script} --out {run.folder} --resume")
+            try:
+                print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
+                      f"go on: python {script} --out {run.folder} --resume", flush=True)
+            except OSError:  # the terminal is gone
+                sys.stdout = None  # or Python would flush it at exit, and fail again
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -174,7 +174,7 @@ def read_settings(config, rows):
         outer, _, inner = key.rpartition(".")
         place = (config.get(outer) or {}) if outer else config
         value = place.get(inner)
-        if value is None:
+        if value in (None, {}):
             continue
         if isinstance(ours, tuple):
             require(value in ours,
@@ -253,6 +253,9 @@ def read(path, content):
     require(isinstance(content, dict) and content,
             f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
     layout, names = recognise(path, content)
+    strange = [name for name, t in content.items()
+               if not (torch.is_tensor(t) and t.layout == torch.strided)]
+    require(not strange, f"{path}: {some(strange)} is no dense tensor")
     config = path.with_name("config.json")
     config = read_file(config) if config.is_file() else None
     try:

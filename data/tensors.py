@@ -8,6 +8,7 @@
 import json
 import math
 import os
+import pickle
 
 import torch
 
@@ -109,6 +110,8 @@ def read_file(path):
     except UserError:
         raise
     except Exception as e:  # the unpickler meets foreign bytes with any error there is
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        why = type(e).__name__
+        if not isinstance(e, pickle.UnpicklingError):  # torch's advice there is to run the file's code
+            why = " ".join(f"{why}: {e}".split())[:200]
         raise UserError(f"{path}, {path.stat().st_size:,} bytes, is not a checkpoint, "
                         f"or is cut short ({why})") from e

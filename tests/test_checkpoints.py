@@ -208,6 +208,15 @@ def test_a_layout_that_cannot_hold_a_model_says_so(layout, tmp_path):
         save(tmp_path / "x", make(MODELS["mamba"]), "onnx")
 
 
+@pytest.mark.parametrize("head", [None, 7, [1.0], torch.zeros(18, 20).to_sparse()])
+def test_a_head_that_is_no_dense_tensor_is_one_line(head, tmp_path):
+    save(tmp_path, make(MODELS["MambaByte"]), "state-spaces")
+    saved = torch.load(tmp_path / "pytorch_model.bin")
+    torch.save({**saved, "lm_head.weight": head}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="lm_head.weight is no dense tensor"):
+        load(tmp_path)
+
+
 def test_a_release_of_mambabyte_opens_whatever_its_config_says(tmp_path):
     """Trap: rms_norm true, but LayerNorms in the file. Saved from several processes: module. before each name."""
     model = make(MODELS["MambaByte"])

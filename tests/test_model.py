@@ -160,6 +160,26 @@ def test_the_recurrent_state_has_the_same_size_after_any_length(kind):
     assert len(shapes) == 1 and model.constant_memory
 
 
+def test_one_query_sees_its_window_of_a_longer_cache():
+    """The cache of the same model without a window: the mask cuts it for one byte as for two."""
+    config = dataclasses.replace(KINDS["window"], layers=("attention",))  # one, whose cache the window does not change
+    model, x = LM(config).double(), tokens(9)
+    wide = LM(dataclasses.replace(config, window=0)).double()
+    wide.load_state_dict(model.state_dict())
+    for pieces in ((6, 1, 2), (6, 2, 1)):
+        first, *rest = x.split(pieces, dim=1)
+        state = wide(first)[1]
+        for piece in rest:
+            logits, state = model(piece, state)
+        close(logits[:, -1], model(x)[0][:, -1])
+
+
+def test_a_state_of_another_number_of_layers_is_refused():
+    model, x = make("mamba2"), tokens(3)
+    with pytest.raises(ValueError, match="a state of 1 layers, expected 2"):
+        model(x, model(x)[1][:1])
+
+
 def test_a_window_bounds_the_cache_and_what_is_seen():
     """Each position sees itself and the 4 before it, in each of 2 layers: a byte reaches 8 positions ahead and no
     further; the cache keeps 4."""

@@ -67,6 +67,13 @@ def test_fft_convolution_is_the_sum_it_stands_for(l):
         close(fft_conv(x, kernel, D), want, name="y")
 
 
+def test_an_empty_batch_is_convolved_too():
+    """FFTs refuse it; every other path gives an empty y."""
+    x, K = torch.zeros(0, 5, 3, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64, requires_grad=True)
+    y = fft_conv(x, K, K[:, 0])
+    assert y.shape == x.shape and torch.autograd.grad(y.sum(), K)[0].eq(0).all()
+
+
 def test_fft_convolution_takes_l_log_l_operations():
     """An FFT of n numbers is one call here; the sum as it is written has l^2 terms, also inside a call of conv1d."""
     for l in (256, 4096):

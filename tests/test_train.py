@@ -610,6 +610,26 @@ def test_a_closed_terminal_saves_the_run(corpus, tmp_path, monkeypatch):
     assert load(tmp_path / "run" / "last.pt")[1]["step"] == 2
 
 
+def test_a_run_that_ended_while_another_began_is_not_overwritten(corpus, tmp_path, capsys, monkeypatch):
+    """The second has looked into the folder before the first has written there, and claims it afterwards."""
+    out, load_data = tmp_path / "run", train.load_data
+
+    def slow(c):
+        monkeypatch.setattr(train, "load_data", load_data)
+        go(corpus, out)
+        return load_data(c)
+
+    monkeypatch.setattr(train, "load_data", slow)
+    refused(capsys, argv(corpus, out), "another process has just trained in --out")
+    assert [line["step"] for line in read_log(out)] == [1, 2, 3, 4, 4]
+
+
+def test_a_task_is_not_resumed_as_another(tmp_path, capsys):
+    flags = ["--out", tmp_path / "run", "--seq_len", 16, "--device", "cpu"]
+    assert train.main([*map(str, flags), *"--data induction --d_model 16 --head_dim 8 --n_layer 1 --steps 1".split()]) == 0
+    refused(capsys, [*flags, "--resume", "--steps", 2, "--data", "parity"], "this run has read induction")
+
+
 @pytest.mark.parametrize("name", ["evaluate", "learn_merges"])
 def test_ctrl_c_outside_the_loop_is_one_line(name, corpus, tmp_path, monkeypatch, capsys):
     go(corpus, tmp_path / "run")
@@ -775,7 +795,8 @@ def test_any_file_of_a_run_is_enough_to_refuse_a_new_one(corpus, tmp_path, capsy
         folder = tmp_path / name.replace(".", "_")
         folder.mkdir()
         (folder / name).write_text("precious")
-        refused(capsys, argv(corpus, folder), f"holds {name}", "another --out", "last.pt with --resume")
+        way_on = "go on with --resume" if name == "last.pt" else "another --out"
+        refused(capsys, argv(corpus, folder), f"holds {name}", "another --out", way_on)
         refused(capsys, argv(corpus, folder, "--resume"), name)
         assert contents(folder) == {str(folder / name): b"precious"}
     train.save(folder / "last.pt", LM(Config(d_model=16, head_dim=8)))  # a model without a run
