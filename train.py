@@ -724,8 +724,10 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="tr
                     dist.destroy_process_group()
                 if run.rank == 0 and not run.stopped:
                     finish(run)
-        except (KeyboardInterrupt, BrokenPipeError):  # in a validation: it will be repeated
-            run.stopped = run.caught or signal.SIGINT
+        except (KeyboardInterrupt, OSError) as e:
+            if type(e) not in (KeyboardInterrupt, BrokenPipeError) and not run.caught:
+                raise
+            run.stopped = run.caught or signal.SIGINT  # a validation is repeated, a terminal gone
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
             try:

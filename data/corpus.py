@@ -199,8 +199,11 @@ def load_download(name, cache):
     source = next((cache / form for form in item.forms if (cache / form).exists()), part)
     if source == part:
         download(name, part)
-        source = part if part.exists() else target  # another process may have been faster
-    data = unpack(source)
+    try:
+        data = unpack(source)
+    except FileNotFoundError:  # another process was faster with the same part
+        source = target
+        data = unpack(source)
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 == item.sha256 and source != target:
         with whole_file(target) as file:
