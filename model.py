@@ -567,6 +567,7 @@ class Block(nn.Module):
 
 
 def check_tokens(tokens):
+    """ValueError unless tokens are (b, l) with at least one position."""
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (b, l), l >= 1")
 
@@ -597,7 +598,7 @@ class LM(nn.Module):
             raise ValueError(f"upto is {upto}, expected from 0 to l, {tokens.shape[1]}")
         x = self.embedding(tokens)
         states = []
-        for layer, s in zip(self.layers, state or [None] * len(self.layers), strict=True):
+        for layer, s in zip(self.layers, state or [None] * len(self.layers)):
             x, s = layer(x, s, upto)
             states.append(s)
         if last:

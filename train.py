@@ -652,7 +652,8 @@ def introduce(run):
         count = sum(p.numel() for p in named.values())
         ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}
         print(f"  {group:12}{count:>12,}  rate x {SHARE[group]}  {' '.join(sorted(ends))}")
-    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else str(run.dtype).removeprefix("torch.")
+    dtype = str(run.dtype).removeprefix("torch.")
+    numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else dtype
     print(f"runs on     {run.device}, {numbers}, {torch.get_num_threads()} threads, "
           f"processes: {run.world}; its folder is {run.folder}", flush=True)
 

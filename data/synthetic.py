@@ -31,8 +31,8 @@ def generator(name, length, seed, step):
 def selective_copy(length, batch, seed, step):
     """Letters scattered among dots, then as many `=`, whose targets are the letters in order.
 
-    There are sqrt(length) / 4 letters: 4 in 256 bytes, and 16 in 4,112, which is the
-    paper's size, 4,096 and the 16 to fill in.
+    There are sqrt(length) / 4 letters: 4 in 256 bytes, and 16 in 4,112, which is the paper's size, 4,096 and the 16 to
+    fill in.
     """
     rng = generator("selective_copy", length, seed, step)
     count = max(1, round(length**0.5 / 4))

@@ -47,8 +47,8 @@ import train
 from data.corpus import load_corpus
 from data.files import UserError
 from model import LM, MIXERS, Config, load, save
-from sample import (ByteDrafter, CountDrafter, SubwordDrafter, compiled_step, filter_logits, generate,
-                    prefill, speculate)
+from sample import (ByteDrafter, CountDrafter, SubwordDrafter, compiled_step, filter_logits,
+                    generate, prefill, speculate)
 from scan import (discretize, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
                   tl, triton)
 from tests.dense import discretize_dense
