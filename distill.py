@@ -3,7 +3,8 @@
     python train.py --layer attention --n_layer 8 --d_model 128 --out out/attention
     python distill.py --teacher out/attention --keep_attention 0.25 --out out/hybrid
 
-Take the softmax out of causal attention, and what is left is the recurrence of a state-space model with dt = 1, A = 0:
+Some layers may stay attention: that is a hybrid. Take the softmax out of causal attention, and what is left is the
+recurrence of a state-space model with dt = 1, A = 0 (letters as in scan.py; per head v_t (p), k_t, q_t (n), h (p, n)):
 
     y_t = sum_{s <= t} (q_t . k_s) v_s = h_t q_t,        h_t = h_{t-1} + v_t k_t^T.
 
@@ -18,15 +19,15 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
     norms, SwiGLU, embedding, head                              copied
 
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
-factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm. The new parts begin so
-that what is copied speaks first, which differs from the paper: the convolution is the identity, D is 0, and dt is 0.1
-where its projection gives 0. It does not speak alone: there are SiLU after the convolution, the random gate z, the
-norm, the random rows of dt, and A in -16 .. -1, with which a head remembers 0.6 to 10 steps.
-Letters as in scan.py; behind the map v is the vocabulary.
+factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm before out_proj. The new
+parts begin near to neutral, which differs from the paper: the convolution is the identity, D is 0, and dt is 0.1 where
+its projection gives 0. Not neutral are SiLU after the convolution, the random gate z and rows of dt, and A, which stays
+Mamba-2's, -16 .. -1: with A = 0 nothing would be forgotten and order be lost; so a head remembers 0.6 to 10 steps.
 """
 import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ from train import (RunFlags, evaluate, fit, flag, join_processes, keep_memory, o
 
 @dataclass
 class Flags(RunFlags):
+    script: ClassVar[str] = "distill.py"
     out: str = flag("out/student", "folder of the run")
     teacher: str = flag("out/attention", "a checkpoint with attention, also a Llama", fixed=True)
     student: str = flag("", "an earlier stage's, to go on with; if empty, the teacher", fixed=True)
@@ -61,14 +63,14 @@ class Flags(RunFlags):
 
 
 def keeps_attention(i, share):
-    """Whether layer i stays attention: (i + 1) * share passes a whole number, as the paper interleaves.
+    """Whether layer i stays attention: (i + 1) * share reaches a whole number, as the paper interleaves.
 
         of 8 layers stay   1/8  . . . . . . . 7        3/4  . 1 2 3 . 5 6 7
                            1/4  . . . 3 . . . 7        7/8  . 1 2 3 4 5 6 7
                            1/2  . 1 . 3 . 5 . 7        1    0 1 2 3 4 5 6 7
-    Each of these shares keeps the layers that a smaller one keeps, so they can follow one another.
+    Each of these shares keeps the layers that a smaller one keeps, so they can follow one another, the larger first.
     """
-    return int((i + 1) * share + 1e-9) > int(i * share + 1e-9)
+    return int((i + 1) * share + 1e-9) > int(i * share + 1e-9)  # a share may be rounded down
 
 
 def student_config(c, share, mixers):
@@ -76,14 +78,14 @@ def student_config(c, share, mixers):
     already keeps its sizes, since a Config has one for all layers; if they are not the map's, nothing can be copied."""
     size = c.d_model // c.n_head
     shape = {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head}
-    new = dataclasses.replace(c, **shape)
     if c.kinds != {"attention"}:
-        require(new == c or mixers != "attention", "there are state-space layers of other sizes "
+        same = all(getattr(c, name) == value for name, value in shape.items())
+        require(same or mixers != "attention", "there are state-space layers of other sizes "
                 f"than {shape}; add --mixers random")
-        new = c
+        shape = {}
     layers = [name if keeps_attention(i, share) else name.replace("attention", "mamba2")
               for i, name in enumerate(c.layers)]
-    return dataclasses.replace(new, layers=layers)
+    return dataclasses.replace(c, layers=layers, **shape)
 
 
 def input_rows(mixer):
@@ -94,7 +96,7 @@ def input_rows(mixer):
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """The map; the new parts stay out of its way. A key or value head that r queries share is repeated r times.
+    """The map of this file's first page. A key or value head that r queries share is repeated r times.
 
     mixer, a Mamba2: in_proj (its rows: input_rows), conv1d (weight (channels, 1, taps), the last tap meets the present;
     bias, or None), D and dt_bias (heads,), where dt = softplus(dt_bias + its rows), out_proj, heads. attention: q_proj,
@@ -107,7 +109,8 @@ def copy_attention(mixer, attention):
         r = mixer.heads // len(heads)
         rows[part].copy_(heads.repeat_interleave(r, dim=0).flatten(0, 1))
     mixer.out_proj.weight.copy_(attention.out_proj.weight)
-    mixer.conv1d.weight.zero_()[..., -1] = 1
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[..., -1] = 1
     if mixer.conv1d.bias is not None:
         mixer.conv1d.bias.zero_()
     mixer.D.zero_()
@@ -120,20 +123,20 @@ def replaced(student, other):
     return [i for i, (own, its) in layers if "attention" in its and "attention" not in own]
 
 
-def within(layers):
-    """How the names of the parameters in these layers' mixers begin."""
+def prefixes(layers):
+    """How the names of the parameters in these layers' mixers begin, for str.startswith."""
     return tuple(f"layers.{i}.mixer." for i in layers)
 
 
 def make_student(source, share, mixers):
-    """source with attention replaced where it is not kept: all weights but the new mixers' are copied, and none if
-    mixers is scratch."""
+    """source with attention replaced where it is not kept: all weights but the new mixers' are taken over, and
+    none if mixers is scratch."""
     student = LM(student_config(source.config, share, mixers)).to(source.embedding.weight)
     if mixers != "scratch":
         new = replaced(student, source)
         weights = source.state_dict().items()
-        kept = {name: w for name, w in weights if not name.startswith(within(new))}
-        student.load_state_dict(kept, strict=False)
+        kept = {name: w for name, w in weights if not name.startswith(prefixes(new))}
+        student.load_state_dict(kept, strict=False)  # all but the new mixers'
         if mixers == "attention":
             for i in new:
                 copy_attention(student.layers[i].mixer, source.layers[i].mixer)
@@ -143,33 +146,34 @@ def make_student(source, share, mixers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages: which parameters train
 #
-# align    new mixers   each learns its attention layer's output from the teacher's input to it: a stage of our own
+# --stage  trains
+# align    new mixers   each learns its attention layer's output from the teacher's input to it (not in the paper)
 # mixers   new mixers   stage 1 of the released code: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
-# The bar shows the stage's loss, and train_bpb in log.jsonl is that over ln 2; val_bpb is the student's own.
+# The bar shows the stage's loss; train_bpb in log.jsonl is that in bits, per byte. val_bpb is the student's own.
 
 
 def freeze(student, stage, new):
+    """Gradients only for what the stage trains: without one AdamW neither steps nor decays."""
     for name, p in student.named_parameters():
-        p.requires_grad_(stage == "all" or name.startswith(within(new)))
+        p.requires_grad_(stage == "all" or name.startswith(prefixes(new)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses, in nats: means over positions. The released code divides by windows alone, so that its KL begins at 20,000,
-# and a weight means something else for every window length.
+# Losses, in nats: means over positions
 
 
 def divergence(log_a, log_b):
-    """KL(a || b), the mean over positions."""
+    """KL(a || b), the mean over positions, from log probabilities (positions, v)."""
     return F.kl_div(log_b, log_a, log_target=True, reduction="batchmean")
 
 
 def match(student, teacher, targets, kl, reverse_kl, ce):
     """kl KL(t || s) + reverse_kl KL(s || t) - ce log s[target],   s = softmax(student), t = softmax(teacher).
 
-    The reverse divergence is M1's (2504.10449). student (b, l, v), teacher likewise or None if only ce counts, targets
-    (b, l). It holds a few tensors of the logits' size: 8 MB each for 8 x 1,024 bytes, 1 GB for one window of 2,048
-    tokens of a Llama's 128,256.
+    The reverse divergence is that of M1, a later paper (2504.10449). student and teacher are logits (b, l, v), teacher
+    None if only ce counts; targets (b, l). It holds a few tensors of the logits' size: 8 MB each for 8 x 1,024 bytes,
+    1 GB for one window of 2,048 tokens of a Llama's 128,256.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     log_s = torch.log_softmax(student.flatten(0, 1), -1, dtype=wide)  # (b l, v)
@@ -195,25 +199,24 @@ def align_loss(student, seen):
 def make_loss(c, teacher, new):
     """loss_of(student, tokens, targets) for train.fit: the teacher reads first, without a trace for gradients."""
     seen = {}  # layer -> what its attention read and answered
-    align = c.stage == "align"
 
-    def listen(i):
-        def note(_, args, answer):
-            seen[i] = args[0], answer[0]
-        teacher.layers[i].mixer.register_forward_hook(note)
+    def align(student, tokens, targets):
+        with torch.no_grad():
+            teacher(tokens, upto=0, last=True)  # fills seen
+        return align_loss(student, seen)
 
-    if align:
-        for i in new:
-            listen(i)
-
-    def loss_of(student, tokens, targets):
-        with torch.no_grad():  # for align the hooks count: they fill seen
-            wanted = teacher(tokens, upto=0)[0] if align or c.kl or c.reverse_kl else None
-        if align:
-            return align_loss(student, seen)
+    def imitate(student, tokens, targets):
+        with torch.no_grad():
+            wanted = teacher(tokens, upto=0)[0] if c.kl or c.reverse_kl else None
         return match(student(tokens, upto=0)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
 
-    return loss_of
+    if c.stage != "align":
+        return imitate
+    for i in new:
+        def note(_, args, answer, i=i):  # torch calls it after the mixer, with its input and output
+            seen[i] = args[0], answer[0]
+        teacher.layers[i].mixer.register_forward_hook(note)
+    return align
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,11 +226,11 @@ GLANCE = 100_000  # tokens to validate teacher and student on before the first s
 
 
 def load_lm(name, path, device, dtype):
-    """The LM that the flag --name gives, to read from and not to train."""
+    """The LM that the flag --name gives."""
     model, _ = load(path, device)
     kind = type(model).__name__
     require(kind == "LM", f"--{name} {path} holds a {kind}, not a causal LM")
-    return model.to(dtype).requires_grad_(False)
+    return model.to(dtype)
 
 
 def load_models(c, device, resumed):
@@ -247,7 +250,7 @@ def load_models(c, device, resumed):
 
 
 def load_text(name, config):
-    """A corpus of bytes, or of token ids where the teacher reads neither bytes nor words made of them."""
+    """A corpus of bytes, or for another program's vocabulary one of token ids."""
     reads_bytes = config.vocab == 256 or config.merges
     return load_corpus(name) if reads_bytes else load_tokens(name, config.vocab)
 
@@ -268,25 +271,26 @@ def show(c, teacher, student, corpus):
 @script
 def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
-    c, resumed = open_run(c, given, "distill.py")
-    require(c.kl + c.reverse_kl + c.ce > 0, "--kl, --reverse_kl and --ce are all 0; raise one")
+    c, student, extra = open_run(c, given)
+    require(c.stage == "align" or c.kl + c.reverse_kl + c.ce > 0,
+            "--kl, --reverse_kl and --ce are all 0; raise one")
     rank, world, device = where = join_processes(pick_device(c.device))
     require(c.stage != "align" or world == 1, "--stage align runs without torchrun")
-    teacher, source = load_models(c, device, resumed)
+    teacher, source = load_models(c, device, extra)
     corpus = load_text(c.data, teacher.config)
     if c.pseudo:
         text = load_text(c.pseudo, teacher.config).train
         corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
     torch.manual_seed(c.seed)
-    student, extra = resumed or (make_student(source, c.keep_attention, c.mixers), {})
+    if not extra:
+        student = make_student(source, c.keep_attention, c.mixers)
     new = replaced(student, teacher)  # those of earlier stages too
     require(c.stage == "all" or new, f"--stage {c.stage} trains new mixers, "
             f"and --keep_attention {c.keep_attention} leaves none")
     freeze(student, c.stage, new)
-    if rank == 0 and not resumed:
+    if rank == 0 and not extra:
         show(c, teacher, student, corpus)
-    return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new),
-               script="distill.py")
+    return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ prefill (l = a prompt), evaluation in pieces, and decoding (l = 1) are one call 
 NamedTuple of tensors that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all
 positions, but the state after the first upto of them. Speculative sampling appends guesses to the text: y judges them,
 but the state that is kept has not read them. Training has no use for a state and calls with upto = 0. The encoder's
-mixers see both sides of every position and have no state.
+mixers see both sides of every position and have no state. A model's state is a tuple of its layers' states.
 
     Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
                              |                  `-> dt, B, C --^     |
@@ -18,11 +18,12 @@ mixers see both sides of every position and have no state.
 
     Mamba-3         in_proj -+- x ------------------------> ssd_scan + * -> out_proj
                              +- B, C -> norm, + bias, turn ----^     |
-                             +- dt, A, w, theta ---------------^     |
+                             +- theta -----------------^       |     |
+                             +- dt, A, w ----------------------+     |
                              +- z -------------------------- silu ---+
 
-The convolution mixes each position with the k - 1 before it, so that dt, B and C depend on more than one byte. silu(v)
-is v sigmoid(v), and z gates the output.
+The convolution mixes each position with the k - 1 before it, so that already in the first layer B and C, and in Mamba
+dt, depend on more than one byte. silu(v) is v sigmoid(v), and z gates the output.
 
 To add a mixer, write a class like the ones below and add it to MIXERS; README has the rules.
 """
@@ -48,25 +49,26 @@ MASK = 256  # the token that stands for a masked byte
 class Config:
     """The shape of an LM. layers names each layer's mixer (a key of MIXERS), with "+mlp" where SwiGLU follows it.
 
-    With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS.
+    With a block (a key of BLOCKS) it is the shape of an Encoder, and its mixers are keys of ENCODER_MIXERS. bounded
+    fields are checked here, other numbers must not be negative; what a mixer asks of its sizes it checks itself.
     """
     layers: tuple = ("mamba2",) * 4
     d_model: int = bounded(256, low=1)
     vocab: int = bounded(256, low=1)
-    merges: tuple = ()        # of byte pairs, where the tokens are words (data/bpe.py)
-    tie: bool = True          # the head shares the embedding's weight
+    merges: tuple = ()        # where tokens are words: the pairs of them that make new ones (data/bpe.py)
+    tie: bool = True          # the head shares the embedding's weight; an encoder's always does
     norm: str = bounded("rms", one_of=("rms", "layer"))  # weight only, or weight and bias
     norm_eps: float = bounded(1e-5, high=1)
-    dropout: float = bounded(0.0, high=0.99)
+    dropout: float = bounded(0.0, high=0.99)  # on layers' outputs; encoder: on the embeddings
 
-    d_state: int = bounded(16, low=1)  # n, of S4, S4D, Mamba, Mamba-2 and Mamba-3
-    expand: int = bounded(2, low=1)    # Mamba: channels d = expand * d_model; encoder: its gates' m
+    d_state: int = bounded(16, low=1)  # n, of all mixers but attention
+    expand: int = bounded(2, low=1)    # Mambas: channels d = expand * d_model; encoder: width of its gates
     d_conv: int = bounded(4, low=1)    # k, taps of the causal convolution of Mamba and Mamba-2
-    bias: bool = False                 # Mamba, -2: of the projections; no released model has one
+    bias: bool = False                 # Mamba, Mamba-2: of the projections; no released model has one
     conv_bias: bool = True
     head_dim: int = bounded(64, low=1)  # p, Mamba-2 and Mamba-3
     n_group: int = bounded(1, low=1)    # g, Mamba-2 and Mamba-3
-    impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # of selective_scan
+    impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # Mamba's selective_scan
 
     n_head: int = bounded(4, low=1)     # attention
     n_kv_head: int = bounded(4, low=1)  # heads of k and v, each shared by n_head / n_kv_head queries
@@ -81,52 +83,34 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type is tuple and isinstance(value, list):  # JSON has no tuples
-                setattr(self, f.name, tuple(value))
+            if isinstance(getattr(self, f.name), list):  # will do for a tuple
+                setattr(self, f.name, tuple(getattr(self, f.name)))
         check_fields(self)
         ropes = self.rope_scaling
         require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
                 f"rope_scaling {ropes!r:.80} is not four positive numbers")
-        require(all(type(i) in (tuple, list) for i in self.merges), "merges are not pairs")
-        self.merges = tuple(map(tuple, self.merges))
-        words = 256 + len(self.merges)
-        require(self.vocab == words or not self.merges, f"vocab {self.vocab} is not {words}, the "
-                "bytes and the merges")
-        check_merges(self.merges)
+        self.merges = check_merges(self.merges, self.vocab)
         require(self.layers and all(type(i) is str for i in self.layers),
                 f"layers {self.layers!r:.80}: a model needs at least one layer, each a name")
         require_one_of("block", self.block, ["", *BLOCKS])
-        for kind in self.layers if self.block else self.kinds:
-            require_one_of("layer", kind, ENCODER_MIXERS if self.block else MIXERS)
+        mixers = ENCODER_MIXERS if self.block else MIXERS
+        for kind in self.layers if self.block else self.kinds:  # an encoder's layer has no +mlp
+            require_one_of("layer", kind, mixers)
+        require(self.tie or not self.block, "tie is off, but an encoder's head shares the "
+                "embedding's weight")
         self.d_mlp = self.d_mlp or math.ceil(self.d_model / 12) * 32
-        if "attention" in self.kinds:
-            self.require_multiple("d_model", 2 * self.n_head,
-                                  f"n_head {self.n_head} with heads of even size")
-            self.require_multiple("n_head", self.n_kv_head, f"n_kv_head {self.n_kv_head}")
-        if self.kinds & {"s4", "s4d"}:
-            self.require_multiple("d_state", 2, "the pairs of s4 and s4d")
-        if "mamba3" in self.kinds:
-            require(self.d_state >= 4, f"d_state {self.d_state}: mamba3 needs 4 or more to turn")
-        if self.kinds & {"mamba2", "mamba3"}:
-            unit = self.head_dim // math.gcd(self.head_dim, self.expand)  # for whole heads
-            self.require_multiple("d_model", unit,
-                                  f"head_dim {self.head_dim} with expand {self.expand}")
-            heads = self.expand * self.d_model // self.head_dim
-            require(heads % self.n_group == 0,
-                    f"{heads} heads do not divide into n_group {self.n_group}")
-
-    def require_multiple(self, name, unit, why):
-        """UserError unless the size of that name is a multiple of unit, with the nearest sizes that are."""
-        size = getattr(self, name)
-        low = max(size // unit, 1) * unit
-        require(size % unit == 0, f"{name} {size} is not a multiple of {unit}, as {why} needs; "
-                                  f"try {low} or {low + unit}")
 
     @property
     def kinds(self):
         """The names of the mixers in use."""
         return {layer.removesuffix("+mlp") for layer in self.layers}
+
+
+def require_multiple(name, size, unit, why):
+    """UserError unless the size of that name is a multiple of unit, with the nearest sizes that are."""
+    low = max(size // unit, 1) * unit
+    require(size % unit == 0, f"{name} {size} is not a multiple of {unit}, as {why} needs; "
+                              f"try {low} or {low + unit}")
 
 
 def make_norm(c):
@@ -141,9 +125,9 @@ def make_norm(c):
 def causal_conv(x, weight, bias, tail, upto=None):
     """Depthwise causal convolution: y_t = bias + sum_j weight_j x_{t-(k-1)+j}, so the last tap meets the present.
 
-    x (b, l, d), weight (d, 1, k), nn.Conv1d's layout, bias (d,), tail (b, k-1, d), the inputs before x. None is 0.
-    Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, by default all.
-    F.conv1d(groups=d) takes 1.4 to 1.7 times as long in training (8 x 128 and 8 x 512 positions, two cores).
+    x (b, l, d), weight (d, 1, k), nn.Conv1d's layout, bias (d,) or None, tail (b, k-1, d), the inputs before x, None
+    for zeros. Returns y (b, l, d), in the parameters' dtype or wider, and the tail after the first upto positions, by
+    default all. (F.conv1d(groups=d) takes 1.4 to 1.7 times as long in training on two cores.)
     """
     b, l, d = x.shape
     k = weight.shape[2]
@@ -153,7 +137,8 @@ def causal_conv(x, weight, bias, tail, upto=None):
         raise ValueError(f"a state's tail has shape {tuple(tail.shape)}, expected {(b, k - 1, d)}")
     longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
-    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)  # else a view of all
+    # a view would keep all of longer
+    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)
     longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
     for j, tap in enumerate(weight[:, 0].unbind(1)):
@@ -185,7 +170,8 @@ class Mamba(nn.Module):
     """The block of Mamba (Gu and Dao 2023, figure 3): gate and input, convolution, selective scan, gated output.
 
     x, z = W_in input;   x = silu(conv(x));   r, B, C = W_x x;   y = selective_scan(x, softplus(W_dt r + b), A, ...)
-    output W_out (y * silu(z)). Channels d = expand * d_model; A = -exp(A_log) stays negative; r has d_model/16 numbers.
+    output W_out (y * silu(z)). Channels d = expand * d_model; A = -exp(A_log) stays negative. A full map from x to dt
+    would have d^2 weights, so there is a bottleneck, r, of d_model/16 numbers.
     """
 
     def __init__(self, c):
@@ -195,19 +181,18 @@ class Mamba(nn.Module):
         rank = math.ceil(c.d_model / 16)
         self.impl = c.impl
         self.in_proj = nn.Linear(c.d_model, 2 * d, bias=c.bias)
-        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # holds weights
+        self.conv1d = nn.Conv1d(d, d, c.d_conv, groups=d, bias=c.conv_bias)  # only holds weights
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))  # A = -1 .. -n
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
         nn.init.uniform_(self.dt_proj.weight, -rank**-0.5, rank**-0.5)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(init_dt_bias(d))
+        self.dt_proj.bias = nn.Parameter(init_dt_bias(d))
 
     def forward(self, x, state=None, upto=None):
         n = self.A_log.shape[1]
-        tail, h = (None, None) if state is None else state
+        tail, h = state or (None, None)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d)
         x, tail = causal_conv(x, self.conv1d.weight, self.conv1d.bias, tail, upto)
         x = F.silu(x)
@@ -216,6 +201,14 @@ class Mamba(nn.Module):
         A = -torch.exp(self.A_log)
         y, h = selective_scan(x, F.softplus(dt), A, B, C, self.D, h, self.impl, upto)
         return self.out_proj(y * F.silu(z)), MambaState(tail, h)
+
+
+def heads_of(c):
+    """The number of heads in Mamba-2 and Mamba-3: expand * d_model channels, head_dim in each, n_group equal groups."""
+    size = c.head_dim * c.n_group
+    require_multiple("d_model", c.d_model, size // math.gcd(size, c.expand),
+                     f"head_dim {c.head_dim} with expand {c.expand} and n_group {c.n_group}")
+    return c.expand * c.d_model // c.head_dim
 
 
 class Mamba2(nn.Module):
@@ -229,21 +222,21 @@ class Mamba2(nn.Module):
         super().__init__()
         d = c.expand * c.d_model
         gn = c.n_group * c.d_state
-        self.heads = d // c.head_dim
+        self.heads = heads_of(c)
         self.groups = c.n_group
-        self.parts = [d, d + 2 * gn, self.heads]  # z | x B C | dt
-        self.conv_parts = [d, gn, gn]
+        self.conv_parts = [d, gn, gn]  # x | B | C
+        channels = sum(self.conv_parts)
+        self.parts = [d, channels, self.heads]  # z | x B C | dt
         self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=c.bias)
-        channels = d + 2 * gn
         self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)
         self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
-        self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))
+        self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))  # A in -16 .. -1
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
 
     def forward(self, x, state=None, upto=None):
-        tail, h = (None, None) if state is None else state
+        tail, h = state or (None, None)
         z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)
         xBC, tail = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, tail, upto)
         x, B, C = F.silu(xBC).split(self.conv_parts, dim=-1)
@@ -259,110 +252,6 @@ class Mamba2(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mamba-3
-
-
-class Mamba3State(NamedTuple):
-    phi: torch.Tensor  # (b, nh, pairs), by how much the pairs of B's and C's numbers have turned
-    h: torch.Tensor    # (b, nh, p, n)
-    B: torch.Tensor    # (b, nh, n), of the last position, normed, biased and turned
-    x: torch.Tensor    # (b, nh, p), of the last position
-
-
-def outer(x, B):
-    """x B^T of every head: x (b, nh, p), B (b, nh, n) -> (b, nh, p, n)."""
-    return x[..., None] * B[:, :, None]
-
-
-def turn(x, phi):
-    """x (..., n) with channels 2i and 2i + 1 rotated by phi_i (..., pairs); those beyond stay. (Attention's rotate does
-    the same to channels i and i + size/2.)"""
-    pairs = phi.shape[-1]
-    even, odd = x[..., :2 * pairs].unflatten(-1, (pairs, 2)).unbind(-1)
-    cos = phi.cos()
-    sin = phi.sin()
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return torch.cat([turned.flatten(-2), x[..., 2 * pairs:]], dim=-1)
-
-
-class Mamba3(nn.Module):
-    """The block of Mamba-3 (Lahoti et al. 2026, 2603.15569) of rank 1, which the paper calls SISO.
-
-    h_t = a_t h_{t-1} + (1 - w_t) dt_t a_t x_{t-1} B_{t-1}^T + w_t dt_t x_t B_t^T,   a_t = exp(dt_t A_t)
-    y_t = h_t C_t + D x_t,   output W_out (y * silu(z))
-
-    Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
-    is no convolution. A comes from the input, as dt does. And B and C are normed, biased, and turned in pairs of
-    numbers by phi_t = phi_{t-1} + theta_t dt_t. Then C_i . B_j depends on phi_i - phi_j, the turn since j, as if the
-    state itself turned by theta dt in each step: complex decays, as S4 has, in real numbers. A turn by pi for every 1
-    flips the sign, so the sign is the parity. (In attention the same turn, by a fixed angle per step, is called
-    rotary.) dt, A, w are one number per head; theta has n/4 numbers for all heads: half of n turns, the rest stays.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        d = c.expand * c.d_model
-        n = c.d_state
-        self.heads = d // c.head_dim
-        self.groups = c.n_group
-        # z | x | B | C | dt | A | w | theta
-        self.parts = [d, d, self.groups * n, self.groups * n, *[self.heads] * 3, n // 4]
-        self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=False)
-        self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
-        self.B_norm = nn.RMSNorm(n, eps=1e-5)
-        self.C_norm = nn.RMSNorm(n, eps=1e-5)
-        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # the 1 is the rank
-        self.C_bias = nn.Parameter(torch.ones(self.heads, 1, n))
-        self.D = nn.Parameter(torch.ones(self.heads))
-        self.out_proj = nn.Linear(d, c.d_model, bias=False)
-
-    def forward(self, x, state=None, upto=None):
-        z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt, A, w, theta = (t.to(wide) for t in rest)
-        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))  # (b, l, g, n)
-        x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
-        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
-        theta = math.pi * torch.tanh(theta)
-        y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
-                              state, upto)
-        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state
-
-    def recur(self, x, dt, A, w, theta, B, C, state, upto):
-        """y (b, l, nh, p) and the state after the first upto positions; theta (b, l, pairs), B, C (b, l, g, n) normed.
-
-        One ssd_scan does it, if both terms of x_t enter at once, the second a step early. With its weight
-        e_t = (1 - w_t) dt_t and H_t = h_t + e_{t+1} x_t B_t^T the recurrence is
-            H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t,
-        since H_{t-1} decays by the a_t that the earlier term wants. At the end, e_l = 0 and H is h.
-        """
-        B = per_head(B, self.heads, 2) + self.B_bias[:, 0]  # (b, l, nh, n)
-        C = per_head(C, self.heads, 2) + self.C_bias[:, 0]
-        exact = torch.float32 if x.device.type == "mps" else torch.float64  # a sum of many turns
-        phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
-        if state is None:
-            no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
-            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)  # all zero
-        if state.x.shape != x[:, 0].shape:
-            raise ValueError(f"a state's x has shape {tuple(state.x.shape)}, "
-                             f"expected {tuple(x[:, 0].shape)}")
-        phi = ((phi + state.phi[:, None]) % (2 * math.pi)).to(dt.dtype)
-        B = turn(B, phi)
-        C = turn(C, phi)
-        e = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
-        H = state.h + outer(e[:, 0] * state.x, state.B)
-        u = ((w * dt)[..., None] + e[:, 1:]) * x
-        y, H = ssd_scan(u, dt * A, B, C, H, upto=upto)
-        y = y + (self.D[:, None] - e[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
-        end = x.shape[1] if upto is None else upto
-        last_phi, last_B, last_x = (t[:, end - 1].clone() if end else old
-                                    for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
-        h = H - outer(e[:, end] * last_x, last_B)
-        return y, Mamba3State(last_phi, h, last_B, last_x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Attention: the baseline, and the teacher to distil from
 
 
@@ -370,6 +259,13 @@ class AttentionState(NamedTuple):
     k: torch.Tensor         # (b, positions kept, n_kv_head, head size), already rotated
     v: torch.Tensor
     position: torch.Tensor  # (), how many positions have passed
+
+
+def spin(u, v, angle):
+    """The points (u, v) turned by angle: u and v anew."""
+    cos = angle.cos()
+    sin = angle.sin()
+    return u * cos - v * sin, v * cos + u * sin
 
 
 def rotate(x, position, base, scaling=()):
@@ -385,14 +281,12 @@ def rotate(x, position, base, scaling=()):
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
         factor, low, high, length = scaling
-        kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        turns = length * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
     positions = position + torch.arange(x.shape[1], device=x.device, dtype=dtype)
     angle = positions[:, None, None] * frequency  # (l, 1, half)
-    cos = angle.cos().to(x.dtype)
-    sin = angle.sin().to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return torch.cat(spin(*x.chunk(2, dim=-1), angle), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -404,6 +298,9 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        require_multiple("d_model", c.d_model, 2 * c.n_head,
+                         f"n_head {c.n_head} with heads of even size")
+        require_multiple("n_head", c.n_head, c.n_kv_head, f"n_kv_head {c.n_kv_head}")
         self.size = c.d_model // c.n_head
         self.window = c.window
         self.rope = (c.rope_base, c.rope_scaling)
@@ -431,12 +328,12 @@ class Attention(nn.Module):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=1)
             v = torch.cat([state.v.to(v.dtype), v], dim=1)
-        keys = k.shape[1]  # those before x first
+        keys = k.shape[1]  # those of the cache first, then those of x
         passed = l if upto is None else upto
         end = keys - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
         cache = [t[:, first:end] for t in (k, v)]
-        if end - first < keys and not torch.is_grad_enabled():
+        if end - first < keys:
             cache = [t.clone() for t in cache]  # a view would keep all of a long prompt
         state = AttentionState(*cache, position + passed)
         cut = 0 < self.window < keys
@@ -462,93 +359,20 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# S4 and S4D: every channel is a linear system of its own, with A, B, C and dt that do not depend on the input.
-# Section 3 of scan.py explains them; nothing of a language model by Mamba needs them.
-
-
-def complex_of(pairs):
-    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
-    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
-
-
-class S4State(NamedTuple):
-    h: torch.Tensor  # (b, d, modes), complex
-
-
-class S4D(nn.Module):
-    """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
-
-    y = s4d(x, dt, A, 1, C, D);   output glu(W_out gelu(y)): one half gates the other.   B is 1, since only C B matters.
-    A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
-    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. Complex parameters are kept as pairs of real
-    ones, (d, n/2, 2), since .to(dtype) would drop an imaginary part. A small change of dt or A changes the whole
-    kernel, so these learn slowly.
-    """
-    slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
-
-    def __init__(self, c):
-        super().__init__()
-        d = c.d_model
-        A = s4d_init("lin", c.d_state)[0]
-        self.log_dt = nn.Parameter(init_log_dt(d))
-        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
-        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
-        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
-        self.D = nn.Parameter(torch.randn(d))
-        self.out_proj = nn.Linear(d, 2 * d)
-
-    def scan(self, x, h, upto):
-        A = complex_of(torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1))
-        C = 2 * complex_of(self.C)
-        return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
-
-    def forward(self, x, state=None, upto=None):
-        y, h = self.scan(x, None if state is None else state.h, upto)
-        return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
-
-
-class S4(S4D):
-    """The layer of S4 (Gu et al. 2021): the same with HiPPO-LegS, A = diag(Lambda) - P P^*, and a trained B.
-
-    P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
-    """
-    slow = (*S4D.slow, "P", "B")
-
-    def __init__(self, c):
-        super().__init__(c)
-        half = c.d_state // 2
-        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # sorted: these have Im Lambda > 0
-                        for t in dplr_legs(c.d_state)[:3])
-        with torch.no_grad():
-            self.log_A_real.copy_((-Lambda.real).log())
-            self.A_imag.copy_(Lambda.imag)
-        self.P = nn.Parameter(torch.view_as_real(P))
-        self.B = nn.Parameter(torch.view_as_real(B))
-
-    def scan(self, x, h, upto):
-        Lambda = torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1)
-        halves = [complex_of(t) for t in (Lambda, self.P, self.B, self.C)]
-        pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
-        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
-
-
-MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
-          "attention": Attention}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The language model
+# The language model: blocks of a mixer each. MIXERS, below, has more of them; the rest of the file may wait.
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), and where the layer's name ends in "+mlp", x + mlp(norm(x)) after it.
 
-    The maps that write into the residual stream begin smaller in a deep model, by the square root of the number of
-    layers (as in GPT-2): a mixer's out_proj and the MLP's down_proj.
+    The maps that write into the residual stream, a mixer's out_proj and the MLP's down_proj, begin smaller in a deep
+    model, by the square root of the number of layers (much as in GPT-2).
     """
 
     def __init__(self, c, layer):
         super().__init__()
-        name, _, mlp = layer.partition("+")
+        name = layer.removesuffix("+mlp")
+        mlp = name != layer
         self.norm = make_norm(c)
         self.mixer = MIXERS[name](c)
         self.mlp_norm, self.mlp = (make_norm(c), MLP(c)) if mlp else (None, None)
@@ -574,14 +398,14 @@ def check_tokens(tokens):
 
 class LM(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for the token after it, and the state after the last
-    position, or after the first upto. Under autocast the residual stream and the recurrent states stay in the
-    parameters' dtype; what lies between two projections may be narrow. With last, logits of the last position only.
+    position, or after the first upto. Under autocast the residual stream stays in the parameters' dtype and recurrent
+    states in float32; other activations may be bfloat16. With last, logits of the last position only.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.constant_memory = "attention" not in c.kinds or c.window > 0  # of the state
+        self.constant_memory = "attention" not in c.kinds or c.window > 0  # its state's
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
@@ -607,6 +431,186 @@ class LM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mamba-3
+
+
+class Mamba3State(NamedTuple):
+    phi: torch.Tensor  # (b, nh, pairs), by how much the pairs of B's and C's numbers have turned
+    h: torch.Tensor    # (b, nh, p, n)
+    B: torch.Tensor    # (b, nh, n), of the last position, normed, biased and turned
+    x: torch.Tensor    # (b, nh, p), of the last position
+
+
+def outer(x, B):
+    """x B^T of every head: x (b, nh, p), B (b, nh, n) -> (b, nh, p, n)."""
+    return x[..., None] * B[:, :, None]
+
+
+def turn(x, phi):
+    """x (..., n) with channels 2i and 2i + 1 rotated by phi_i (..., pairs); those beyond stay."""
+    n = 2 * phi.shape[-1]
+    turned = torch.stack(spin(x[..., 0:n:2], x[..., 1:n:2], phi), dim=-1)
+    return torch.cat([turned.flatten(-2), x[..., n:]], dim=-1)
+
+
+class Mamba3(nn.Module):
+    """The block of Mamba-3 (Lahoti et al. 2026, 2603.15569) of rank 1, which the paper calls SISO.
+
+    h_t = a_t h_{t-1} + (1 - w_t) dt_t a_t x_{t-1} B_{t-1}^T + w_t dt_t x_t B_t^T,   a_t = exp(dt_t A_t)
+    y_t = h_t C_t + D x_t,   output W_out (y * silu(z))
+
+    Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
+    is no convolution. A comes from the input, as dt does. And B_t and C_t are normed, biased, and turned, R(phi_t), in
+    pairs of numbers by phi_t = phi_{t-1} + theta_t dt_t. So R(phi_i) C_i . R(phi_j) B_j = C_i . R(phi_j - phi_i) B_j
+    depends on the turn since j, as if the state itself turned by theta dt in each step: complex decays, as S4 has, in
+    real numbers. (Attention's rotary positions are the same turn by a fixed angle per step.) For example, in a string
+    of bits a turn by pi at every 1 flips the sign, and so the sign of a pair holds the parity. dt, A, w are one number
+    per head; theta has n/4 numbers for all heads: half of n turns, the rest stays.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.expand * c.d_model
+        n = c.d_state
+        require(n >= 4, f"d_state {n}: mamba3 needs 4 or more to turn")
+        self.heads = heads_of(c)
+        self.groups = c.n_group
+        # z | x | B | C | dt | A | w | theta
+        self.parts = [d, d, self.groups * n, self.groups * n, *[self.heads] * 3, n // 4]
+        self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=False)
+        self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
+        self.B_norm = nn.RMSNorm(n, eps=1e-5)
+        self.C_norm = nn.RMSNorm(n, eps=1e-5)
+        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, n))  # the 1 is the rank
+        self.C_bias = nn.Parameter(torch.ones(self.heads, 1, n))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.out_proj = nn.Linear(d, c.d_model, bias=False)
+
+    def forward(self, x, state=None, upto=None):
+        z, x, B, C, *rest = self.in_proj(x).split(self.parts, dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt, A, w, theta = (t.to(wide) for t in rest)
+        # (b, l, g, n), which autocast has made narrower than the norms' weights
+        B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))
+        x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
+        dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
+        theta = math.pi * torch.tanh(theta)
+        y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
+                              state, upto)
+        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state
+
+    def recur(self, x, dt, A, w, theta, B, C, state, upto):
+        """y (b, l, nh, p) and the state after the first upto positions; theta (b, l, pairs), B, C (b, l, g, n) normed.
+
+        One ssd_scan does it. With e_t = (1 - w_t) dt_t the recurrence is
+            h_t = a_t (h_{t-1} + e_t x_{t-1} B_{t-1}^T) + w_t dt_t x_t B_t^T.
+        Call the bracket H_{t-1}, and add e_{t+1} x_t B_t^T on both sides:
+            H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      h_t = H_t - e_{t+1} x_t B_t^T.
+        e_{t+1} belongs to the next input, so it is taken out of y_t, and out of the state that is returned:
+            y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t.         e_l, after the last, is taken as 0.
+        """
+        B = per_head(B, self.heads, 2) + self.B_bias[:, 0]  # (b, l, nh, n)
+        C = per_head(C, self.heads, 2) + self.C_bias[:, 0]
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # a sum of many turns
+        phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
+        if state is None:
+            no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
+            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)  # all zero
+        if state.x.shape != x[:, 0].shape:
+            raise ValueError(f"a state's x has shape {tuple(state.x.shape)}, "
+                             f"expected {tuple(x[:, 0].shape)}")
+        phi = ((phi + state.phi[:, None]) % (2 * math.pi)).to(dt.dtype)
+        B = turn(B, phi)
+        C = turn(C, phi)
+        e = F.pad((1 - w) * dt, (0, 0, 0, 1))[..., None]  # (b, l + 1, nh, 1), 0 after the last
+        H = state.h + outer(e[:, 0] * state.x, state.B)
+        u = ((w * dt)[..., None] + e[:, 1:]) * x
+        y, H = ssd_scan(u, dt * A, B, C, H, upto=upto)
+        y = y + (self.D[:, None] - e[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
+        end = x.shape[1] if upto is None else upto
+        last_phi, last_B, last_x = (t[:, end - 1].clone() if end else old
+                                    for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
+        h = H - outer(e[:, end] * last_x, last_B)  # if end is 0, what was added to state.h
+        return y, Mamba3State(last_phi, h, last_B, last_x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S4 and S4D: every channel is a linear system of its own, with A, B, C and dt that do not depend on the input. Skip
+# them until you have read section 3 of scan.py.
+
+
+def complex_of(pairs):
+    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
+    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
+
+
+class S4State(NamedTuple):
+    h: torch.Tensor  # (b, d, modes), complex
+
+
+class S4D(nn.Module):
+    """The layer of S4D (Gu et al. 2022): d_model diagonal systems, then one linear map across channels, as S4 has it.
+
+    y = s4d(x, dt, A, 1, C, D);   output glu(W_out gelu(y)): one half gates the other.   B is 1, since only C B matters.
+    A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
+    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. A complex parameter is kept as pairs of real
+    numbers, (d, n/2, 2), or as two tensors, since .to(dtype) would drop an imaginary part. A small change of dt or A
+    changes the whole kernel, so these learn slowly.
+    """
+    slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.d_model
+        require_multiple("d_state", c.d_state, 2, "the pairs of s4 and s4d")
+        A = s4d_init("lin", c.d_state)[0]
+        self.log_dt = nn.Parameter(init_log_dt(d))
+        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
+        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
+        self.D = nn.Parameter(torch.randn(d))
+        self.out_proj = nn.Linear(d, 2 * d)
+
+    def system(self, x, h, upto):
+        A = complex_of(torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1))
+        C = 2 * complex_of(self.C)
+        return s4d(x, torch.exp(self.log_dt), A, 1.0, C, self.D, h, upto=upto)
+
+    def forward(self, x, state=None, upto=None):
+        y, h = self.system(x, state.h if state else None, upto)
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1), S4State(h)
+
+
+class S4(S4D):
+    """The layer of S4 (Gu et al. 2021): the same with HiPPO-LegS, A = diag(Lambda) - P P^*, and a trained B.
+
+    P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
+    """
+    slow = (*S4D.slow, "P", "B")
+
+    def __init__(self, c):
+        super().__init__(c)
+        half = c.d_state // 2
+        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # sorted: these have Im Lambda > 0
+                        for t in dplr_legs(c.d_state)[:3])
+        self.log_A_real = nn.Parameter((-Lambda.real).log())
+        self.A_imag = nn.Parameter(Lambda.imag.clone())
+        self.P = nn.Parameter(torch.view_as_real(P))
+        self.B = nn.Parameter(torch.view_as_real(B))
+
+    def system(self, x, h, upto):
+        Lambda = torch.stack([-torch.exp(self.log_A_real), self.A_imag], dim=-1)
+        halves = [complex_of(t) for t in (Lambda, self.P, self.B, self.C)]
+        pairs = [torch.cat([t, t.conj()], dim=-1) for t in halves]
+        return s4(x, torch.exp(self.log_dt), *pairs, self.D, h, upto=upto)
+
+
+MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
+          "attention": Attention}  # what Config.layers may name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The bidirectional encoder: BiGS, and the three models it is compared with
 #
 # An encoder sees both sides of every position, so there is no state to carry: a layer is y = layer(x). What a mixer
@@ -617,16 +621,16 @@ class LM(nn.Module):
 #    attention    a gate instead of the two-layer network     a transformer
 #
 # At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer,
-# not counting biases and the SSMs' few numbers. The names du, duc, dv, dol, do, fs4, bs4 are the released checkpoint's.
-# The SSM needs section 3 of scan.py. In these classes h is norm(x), as in the paper, and no state.
+# not counting biases and the SSMs' few numbers. The names du, duc, dv, dol, do, fs4, bs4 are the released checkpoint's
+# (d is for dense). The SSM needs section 3 of scan.py. In these classes h is no state but norm(x), as in the paper.
 
 
 class SharedS4D(nn.Module):
     """The SSM of BiGS: one real kernel for all channels, y = K * x + D x (Wang et al. 2022; x (b, l, d)).
 
     K_j = Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(j dt a_n),   a_n = min(A_real, -1e-4) + i A_imag,
-    with dt = exp(log_dt), B = 1. The n modes begin as the eigenvalues of HiPPO-LegS's normal part, both of each
-    conjugate pair, so nothing is doubled.
+    with dt = exp(log_dt), B = 1. The n modes begin as dplr_legs' Lambda, both of each conjugate pair, so nothing is
+    doubled.
     """
     slow = ("log_dt", "A_real", "A_imag")
 
@@ -637,7 +641,7 @@ class SharedS4D(nn.Module):
         self.A_imag = nn.Parameter(A.imag.float())
         self.C = nn.Parameter(torch.randn(c.d_state, 2) / math.sqrt(2))  # real and imaginary part
         self.D = nn.Parameter(torch.ones(1))
-        self.log_dt = nn.Parameter(torch.rand(1) * math.log(100) - math.log(100))  # dt in [0.01, 1]
+        self.log_dt = nn.Parameter(init_log_dt(1) + math.log(10))  # dt in [0.01, 1]
 
     def forward(self, x):
         A = complex_of(torch.stack([self.A_real.clamp(max=-1e-4), self.A_imag], dim=-1))
@@ -649,7 +653,7 @@ class SharedS4D(nn.Module):
 class BidirectionalS4D(nn.Module):
     """The two directions of BiGS:  W_duc SSM(gelu(W_du h)), over the text as it stands and over the text reversed.
 
-    The product of the two, or in a stacked block, which has no gates, their sum. Both see the present.
+    The product of the two, or in a stacked block, which has no gates, their sum. Both see the position itself.
     """
 
     def __init__(self, c):
@@ -659,13 +663,13 @@ class BidirectionalS4D(nn.Module):
         self.duc_forward, self.duc_backward = nn.Linear(d, d), nn.Linear(d, d)
         self.fs4, self.bs4 = SharedS4D(c), SharedS4D(c)
         self.join = torch.mul if c.block == "gated" else torch.add
-        self.gelu = c.gelu
+        self.gelu = nn.GELU(c.gelu)
 
     def forward(self, h):
-        forward = F.gelu(self.du_forward(h), approximate=self.gelu)
-        backward = F.gelu(self.du_backward(h), approximate=self.gelu)
-        backward = self.bs4(backward.flip(1)).flip(1)
-        return self.join(self.duc_forward(self.fs4(forward)), self.duc_backward(backward))
+        past = self.fs4(self.gelu(self.du_forward(h)))
+        future = self.gelu(self.du_backward(h))
+        future = self.bs4(future.flip(1)).flip(1)
+        return self.join(self.duc_forward(past), self.duc_backward(future))
 
 
 class BidirectionalAttention(Attention):
@@ -688,13 +692,12 @@ class BiGS(nn.Module):
         self.norm = make_norm(c)
         self.mixer = ENCODER_MIXERS[layer](c)
         self.dv, self.dol, self.do = nn.Linear(d, m), nn.Linear(d, m), nn.Linear(m, d)
-        self.gelu = c.gelu
+        self.gelu = nn.GELU(c.gelu)
 
     def forward(self, x):
         h = self.norm(x)
-        gate = F.gelu(self.dv(h), approximate=self.gelu)  # (b, l, m)
-        mixed = F.gelu(self.dol(self.mixer(h)), approximate=self.gelu)
-        return x + self.do(mixed * gate)
+        gate = self.gelu(self.dv(h))  # (b, l, m)
+        return x + self.do(self.gelu(self.dol(self.mixer(h))) * gate)
 
 
 class Stacked(nn.Module):
@@ -708,11 +711,11 @@ class Stacked(nn.Module):
         self.mixer = ENCODER_MIXERS[layer](c)
         self.mlp_norm = make_norm(c)
         self.up_proj, self.down_proj = nn.Linear(d, m), nn.Linear(m, d)
-        self.gelu = c.gelu
+        self.gelu = nn.GELU(c.gelu)
 
     def forward(self, x):
         x = x + self.mixer(self.norm(x))
-        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate=self.gelu))
+        return x + self.down_proj(self.gelu(self.up_proj(self.mlp_norm(x))))
 
 
 BLOCKS = {"gated": BiGS, "stacked": Stacked}
@@ -721,8 +724,8 @@ BLOCKS = {"gated": BiGS, "stacked": Stacked}
 class Encoder(nn.Module):
     """Tokens (b, l) -> logits (b, l, vocab), at each position for its own token, from both sides; the state is None.
 
-    state and upto are those of an LM, and ignored. As in BERT the embeddings are normed, and the head is a layer,
-    the exact gelu whatever the blocks have, a norm and the embedding's weight again. There is no mask for padding.
+    state and upto are those of an LM, and ignored. As in BERT, the embeddings are normed, and the head is a linear
+    layer, the exact gelu, a norm, and the embedding's weight again. There is no mask for padding.
     """
     constant_memory = False  # there is no state to carry on
 
@@ -774,12 +777,8 @@ def save(path, model, layout="own", **extra):
         return write(path, layout, config, model.state_dict())
     content = {"format": FORMAT, "torch": str(torch.__version__), "config": config,
                "model": model.state_dict(), **extra}
-    try:
-        with whole_file(Path(path)) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; the file there before is untouched") from e
+    with whole_file(Path(path)) as file:
+        torch.save(content, file)
 
 
 def find_weights(path):
@@ -798,17 +797,15 @@ def load(path, device="cpu"):
     The tensors of a float32 file become the parameters: on a CPU there is never a second copy of the weights.
     """
     path = find_weights(Path(path))
-    extra = read_file(path)
+    content = read_file(path)
     layout = None
-    if not isinstance(extra, dict) or extra.get("format") != FORMAT:
-        layout, config, weights = read(path, extra)
-        extra = {"layout": layout, "config": config, "model": weights}
-    if not isinstance(extra.get("flags", {}), dict):  # a run's flags; these are somebody else's
-        del extra["flags"]
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        layout, config, weights = read(path, content)
+        content = {"layout": layout, "config": config, "model": weights}
     try:
         with torch.device("meta"):
-            model = make_model(Config(**extra.pop("config")))
-        weights = extra.pop("model")
+            model = make_model(Config(**content.pop("config")))
+        weights = content.pop("model")
         wrong = misfits(layout, model.state_dict(), weights)
         require(not wrong, wrong)
         plain = all(t.is_floating_point() and not t.is_meta for t in weights.values())
@@ -819,6 +816,6 @@ def load(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
-    if model.config.tie or model.config.block:
+    if model.config.tie:  # which assign has ended
         model.embedding.weight = model.lm_head.weight
-    return model.to(device).eval(), extra
+    return model.to(device).eval(), content

@@ -1,7 +1,7 @@
 """Let a trained model write: python sample.py --ckpt out/mamba2 --prompt "def ".
 
-A state-space model writes without end in constant memory, since its state has one size; attention keeps a cache. An
-encoder fills holes from both sides: python sample.py --ckpt out/mask --fill "The goal of life is ____."
+A state-space model writes without end in constant memory, since its state has one size; attention without a window
+keeps a cache that grows. An encoder fills holes: python sample.py --ckpt out/mask --fill "The goal of life is ____."
 In order: the distribution, generating, filling, speculative sampling, its drafters, the script. Letters: b texts, l
 positions, v tokens of the vocabulary, k guesses, p and q distributions of the next token. An argument `distribution` is
 a function from logits (..., v) to probabilities (..., v), filter_logits with its flags.
@@ -26,8 +26,8 @@ from data.vocabulary import show, vocabulary_of
 from model import MASK, load
 from train import flag, parse, pick_device, pick_dtype, script
 
-COUNTED = 2**24  # bytes of a corpus that --draft counts at most: 500 MB while they are sorted
-PREFILL = 2048  # tokens of the prompt read at a time; the result is that of reading all
+COUNTED = 2**24  # the last bytes of a corpus, which `--draft counts` reads: 500 MB while they are sorted
+PREFILL = 2048  # tokens of a prompt read at a time, to save memory; the result is that of reading all
 SHIPPED = Path(__file__).parent / "assets" / "mamba2.pt"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,8 +37,9 @@ SHIPPED = Path(__file__).parent / "assets" / "mamba2.pt"
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The probabilities softmax(logits / temperature), cut down to the likeliest tokens and normalized again.
 
-    top_k keeps the k likeliest, then top_p the fewest that reach p together (Holtzman et al. 2020). Temperature 0 puts
-    all on the likeliest, the first in a tie. Logits and probabilities (..., v), computed in float32 or wider.
+    top_k keeps so many of the likeliest, then top_p the fewest that reach so much together (Holtzman et al. 2020).
+    Temperature 0 puts all on the likeliest, the first in a tie. Logits and probabilities (..., v), computed in float32
+    or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     highest = logits.amax(-1, keepdim=True)
@@ -52,7 +53,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     probabilities = torch.softmax(logits, -1)
     if top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked  # what the likelier ones have together
+        before = ranked.cumsum(-1) - ranked  # the mass of the likelier ones
         ranked = ranked.masked_fill(before >= top_p, 0)
         probabilities = probabilities.scatter(-1, order, ranked)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -65,24 +66,20 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def prefill(model, tokens, state=None):
-    """Read tokens (b, l) in pieces: the logits after the last, (b, v), or None if there are none, and the state."""
+    """Read tokens (b, l) in chunks: the logits after the last, (b, v), or None if there are none, and the state."""
     if tokens.shape[1] == 0:
         return None, state
-    for piece in tokens.split(PREFILL, dim=1):
-        logits, state = model(piece, state, last=True)
+    for chunk in tokens.split(PREFILL, dim=1):
+        logits, state = model(chunk, state, last=True)
     return logits[:, -1], state
 
 
 @torch.inference_mode()
-def generate(model, tokens, count, distribution, generator=None, step=None, batch=1):
-    """Yields a list of b tokens count times, after the prompts (b, l >= 1), or after one prompt, read once, for a batch
-    of texts. step is the model, compiled or not."""
+def generate(model, tokens, count, distribution, generator=None, step=None):
+    """Yields a list of b tokens, count times, after the prompts (b, l >= 1). step is the same function as model,
+    perhaps compiled."""
     step = model if step is None else step
     logits, state = prefill(model, tokens)
-    if batch > 1:  # the first axis of a state's tensors is the batch, but for single numbers
-        logits = logits.expand(batch, -1)
-        state = tuple(type(s)(*(t.expand(batch, *t.shape[1:]) if t.ndim else t for t in s))
-                      for s in state)
     for i in range(count):
         if i > 0:
             logits, state = step(token, state)
@@ -93,10 +90,11 @@ def generate(model, tokens, count, distribution, generator=None, step=None, batc
 
 @torch.inference_mode()
 def compiled_step(model, token):
-    """model by torch.compile, compiled for tokens like token (b, 1) now, so that an error comes before the text."""
+    """model by torch.compile, which compiles at its first call: make that now, for tokens like token (b, 1), so that an
+    error comes before the text."""
     print("compiling", file=sys.stderr)
     step = torch.compile(model)
-    token = token.clone(memory_format=torch.contiguous_format)  # as drawn tokens are
+    token = token.clone(memory_format=torch.contiguous_format)  # as drawn tokens are; another stride compiles anew
     try:
         step(token, model(token)[1])
     except Exception as e:  # torch has a class for every compiler that may be missing
@@ -117,7 +115,7 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
     A round draws a token for every hole as if it were the only one, and keeps a share of them. At random places, one
     per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those
     where the model is surest, in the spirit of MaskGIT (Chang et al. 2022). Tokens that are kept in one round know
-    nothing of each other.
+    nothing of each other: more rounds are slower and better.
     """
     left = int((tokens[0] == mask).sum())
     require(bool(((tokens == mask).sum(1) == left).all()), "rows to fill need equally many holes")
@@ -141,18 +139,19 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Speculative sampling: a cheap drafter guesses k tokens, and one call of the model judges them all
 #
-#     text, seen, state = the prompt, its length - 1, and the model's state after text[:seen]
+#     text, seen, state = the prompt, its length - 1, and the model's state after text[:seen]   (its last token is read
+#                         with the guesses, since the distribution of the first guess comes out there)
 #     until the text is long enough:                                                                   (a round)
 #         guesses, q      = the drafter's: tokens that may follow text, and the distributions that it drew them from
 #         logits, state   = one call reads text[seen:] + guesses; the state has read text[seen:] alone
 #         p               = the model's distributions of each guess and of the token after the last guess
-#         chance, instead = exact(p, q)
+#         chance, instead = exact(p, q, guesses)
 #         accepted        = how many guesses pass in a row, if guess i passes with probability chance[i]
-#         seen, text      = len(text), text + guesses[:accepted] + a token drawn from instead[accepted]
+#         seen, text      = len(text), text + guesses[:accepted] + a token drawn from instead[accepted], or from p after
+#                           the last guess
 #
-# Invariant: the state has read text[:seen], and seen < len(text). No state that is kept has read a guess, so nothing is
-# rolled back. The next call reads accepted guesses again. (So does the Mamba in the Llama, Wang et al. 2024, section 4,
-# from inputs kept in every layer; from their tokens no layer needs code for it.)
+# Invariant: the state has read text[:seen], and seen < len(text). No state of the model that is kept has read a guess,
+# so nothing is rolled back. The next call reads accepted guesses again.
 #
 #                       seen        len(text)
 #     | r e t u r n _ s | e l f .   | n a m e s                text = "return_self.", guesses "names"
@@ -165,28 +164,22 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
 def exact(p, q, onehot):
     """Accept a guess with min(1, p/q), else draw from (p - q)+, normalized (Leviathan et al. 2023; Chen et al. 2023).
 
-    p, q, onehot (n+1, v) for n guesses: the model's distributions, the drafter's, and a one at each guess. The last row
-    stands for the token after the last guess, and is 0 in q and onehot. Returns chance (n+1,): guess i passes with
-    chance[i] if all before it passed; and instead (n+1, v): where guess i is the first that does not pass, its token is
-    drawn from instead[i].
+    p, q, onehot (n, v) for n guesses: the model's distributions, the drafter's, and a one at each guess. Returns chance
+    (n,): guess i passes with chance[i] if all before it passed; and instead (n, v): where guess i is the first that
+    does not pass, its token is drawn from instead[i].
 
     Proof that a token has the distribution p if its guess was drawn from q: it comes by acceptance with q min(1, p/q) =
-    min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, since p = min(p, q) + (p - q)+ sums to 1;
-    the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+. Together that is p.
-    Where q = p nothing is refused, but rounding may still ask, so instead is p. Where q = 0, the last row, nothing is
-    accepted and instead is p. Where q = onehot, a guess that nobody drew, it passes with its p, and instead is p
-    without it.
+    min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, where ( )+ is the positive part, since
+    p = min(p, q) + (p - q)+ sums to 1; the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+.
+    Together that is p. A guess that nobody drew is one drawn from q = onehot: it passes with its p, and instead is p
+    without it. Where q = p nothing is refused, but a rounded chance may be just below 1: instead is p there.
 
-    Arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes. Both have + - * / ==,
-    sum(-1), [..., None], clip(min=0), clip(max=1), but no where in common: x + (x == 0) is 1 where x is 0.
+    Arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes.
     """
-    p_guess = (p * onehot).sum(-1)
-    q_guess = (q * onehot).sum(-1)
-    chance = (p_guess / (q_guess + (q_guess == 0))).clip(max=1)
+    chance = ((p * onehot).sum(-1) / (q * onehot).sum(-1)).clip(max=1)
     rest = (p - q).clip(min=0)
-    total = rest.sum(-1)[..., None]
-    rest = rest + p * (total == 0)
-    return chance, rest / (total + (total == 0))
+    rest = rest + p * (rest.sum(-1)[..., None] == 0)
+    return chance, rest / rest.sum(-1)[..., None]
 
 
 @torch.inference_mode()
@@ -195,7 +188,7 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
 
     rounds, a list, receives (guessed, accepted) of every round.
 
-    Cost: if a guess passes with probability alpha, a round adds (1 - alpha^(k+1)) / (1 - alpha) tokens on average
+    Cost: if each guess passes with probability alpha, a round adds 1 + alpha + .. + alpha^k tokens on average
     (Leviathan et al. 2023, equation 1) for k steps of the drafter and one call of the model. That call is not free: for
     12 layers of Mamba-2, d_model 160, on two CPU cores, 9 to 17 bytes took 2.1 to 2.4 times as long as one.
     """
@@ -210,20 +203,21 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
         useful = min(k, target - len(text) - 1)  # the last token needs no guess
         if useful > 0:
             guesses, q = drafter.draft(text, useful, distribution, generator)
+        n = len(guesses)
         unread = len(text) - seen
-        window = tokens.new_tensor([text[seen:] + guesses])
-        logits, state = model(window, state, unread)
-        p = distribution(logits[0, unread - 1:])  # (n + 1, v) for n guesses
-        onehot = F.one_hot(window[0, unread:], p.shape[1])
-        onehot = F.pad(onehot, (0, 0, 0, 1)).to(p)  # (n + 1, v)
-        q = onehot if q is None else F.pad(q.to(p), (0, 0, 0, 1))
-        chance, instead = exact(p, q, onehot)
-        accepted = int(torch.bernoulli(chance, generator=generator).cumprod(0).sum())
-        token = torch.multinomial(instead[accepted], 1, generator=generator).item()
+        window = tokens.new_tensor([text[seen:] + guesses])  # (1, unread + n)
+        logits, state = model(window, state, upto=unread)
+        p = distribution(logits[0, unread - 1:])  # (n + 1, v): from where the last of text is read
+        onehot = F.one_hot(window[0, unread:], p.shape[1]).to(p)  # (n, v)
+        chance, instead = exact(p[:n], onehot if q is None else q.to(p), onehot)
+        passed = torch.bernoulli(chance, generator=generator)
+        accepted = int(passed.cumprod(0).sum())  # 1 1 0 1 are two in a row
+        choices = torch.cat([instead, p[n:]])
+        token = torch.multinomial(choices[accepted], 1, generator=generator).item()
         seen = len(text)
         text += [*guesses[:accepted], token]
         if rounds is not None:
-            rounds.append((len(guesses), accepted))
+            rounds.append((n, accepted))
         for written in text[seen:target]:
             yield [written]
 
@@ -234,9 +228,9 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
 
 class Drafter:
     """draft(text, k, distribution, generator) -> guesses, q. text is a list of ids, guesses a list of n ids that may
-    follow it: n is k at most, or the bytes of k words. q (n, v) are the distributions that they were drawn from, each
-    given those before it, or None if nothing was drawn. The text grows from call to call until start() begins
-    another."""
+    follow it: n is k at most, or the bytes that k words add. q (n, v) are the distributions that they were drawn from,
+    each given those before it, or None if nothing was drawn. The text grows from call to call until start() begins
+    another text."""
 
     def start(self):
         pass
@@ -250,8 +244,9 @@ def read(model, text, state=None):
 class ByteDrafter(Drafter):
     """A smaller model of the same tokens. It keeps the states between its guesses and goes back to the last good one.
 
-    Between two calls the text grows by the accepted guesses and one more token. So a state that has read fewer tokens
-    than the text has now has read accepted ones only, and the one that has read most is taken.
+    Between two calls the text grows by the accepted guesses and one more token. A state that has read j guesses is kept
+    under the old length + j. Where that is less than the new length, j guesses were accepted, so the state is good, and
+    the one that has read most is taken.
     """
 
     def __init__(self, model):
@@ -276,11 +271,14 @@ class ByteDrafter(Drafter):
 
 
 class SubwordDrafter(Drafter):
-    """A model over byte-pair words (MambaByte, Wang et al. 2024): k words are about 3 k guesses, in k calls.
+    """A model over byte-pair words (MambaByte, 2401.13660): k words are about 3 k guesses, in k calls.
 
     The text may end inside a word, and its words may not be those that were guessed. So the state goes back to where a
-    piece began (data/bpe.py), the text from there on is encoded anew, all of its words but the last are read, and the
-    next word is drawn among those that begin with the last. For example, with the words ab, abc, abcd and all bytes:
+    piece began: a run of letters, of signs or of white space (data/bpe.py). No merge crosses a piece's ends, so what
+    comes later does not change the words before it. The text from there on is encoded anew, all of its words but the
+    last are read, and the next word is drawn among those that begin with the last. Exactness asks only that each byte
+    was drawn from its row of q, given all that was drawn before it, the ends of words too; reveal gives that row. For
+    example, with the words ab, abc, abcd and all bytes:
 
         text           a b c d x a b     one piece, so the state goes back to that after 0 bytes
         encoded        abcd x ab         abcd x is read: the state after 5 bytes, and the logits of the next word
@@ -297,12 +295,13 @@ class SubwordDrafter(Drafter):
         self.order = torch.tensor(self.bpe.order)
 
     def start(self):
-        self.states = {0: read(self.model, [ord("\n")])}  # bytes of text read -> (logits, state)
+        # bytes of text read -> (logits, state); the newline is there for logits before the first byte
+        self.states = {0: read(self.model, [ord("\n")])}
 
     def draft(self, text, k, distribution, generator):
         length, before, prefix = self.bpe.resume(bytes(text), list(self.states))
         logits, state = self.states[length]
-        self.states = {length: (logits, state)}
+        self.states = {length: (logits, state)}  # the first is where a piece begins, as resume asks
         if before:
             logits, state = read(self.model, before, state)
         self.states[len(text) - len(prefix)] = logits, state
@@ -317,7 +316,7 @@ class SubwordDrafter(Drafter):
             place = torch.multinomial(of_words, 1, generator=generator).item()
             drawn = self.bpe.order[first + place]
             word = self.bpe.words[drawn]
-            # byte by byte, from where the text ends; nothing if the word is the prefix itself
+            # (bytes that the word adds, 256); in double, since it subtracts cumulative sums
             revealed = self.bpe.reveal(of_words[0].double().cpu().numpy(), word, len(prefix), first)
             q.append(torch.from_numpy(revealed))
             guesses += word[len(prefix):]
@@ -343,8 +342,8 @@ class CountDrafter(Drafter):
         recent = text[-8:]
         q = []
         for _ in range(k):
-            p = torch.from_numpy(self.counts.predict(bytes(recent[-8:])))
-            q.append(distribution(p.log().to(self.device, torch.float32)))
+            counted = torch.from_numpy(self.counts.predict(bytes(recent[-8:])))
+            q.append(distribution(counted.log().to(self.device, torch.float32)))  # as logits
             recent.append(torch.multinomial(q[-1], 1, generator=generator).item())
         return recent[-k:], torch.stack(q)
 
@@ -446,25 +445,24 @@ def write(c):
         drafter = make_drafter(c, config.vocab, data, device, dtype)
     prompt = sys.stdin.buffer.read() if c.prompt == "-" else os.fsencode(c.prompt)
     ids = vocabulary.holes(os.fsencode(c.fill), c.bytes) if c.fill else vocabulary.encode(prompt)
-    tokens = torch.tensor([ids], device=device)
+    tokens = torch.tensor([ids], device=device).repeat(c.batch, 1)
     generator = torch.Generator(device).manual_seed(c.seed)
 
     def distribution(logits):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
 
     def plain():
-        first = tokens[:, :1].expand(c.batch, 1)
-        step = compiled_step(model, first) if c.compile else model
-        return generate(model, tokens, c.bytes, distribution, generator, step, c.batch)
+        step = compiled_step(model, tokens[:, :1]) if c.compile else model
+        return generate(model, tokens, c.bytes, distribution, generator, step)
 
     with cast:
         if c.fill:
-            tokens = tokens.repeat(c.batch, 1)
             filled = unmask(model, tokens, c.rounds, distribution, generator,
                             vocabulary.mask, likeliest=c.temperature == 0)
             return show([[vocabulary.decode(text)] for text in filled.tolist()], c.raw)
         if c.batch > 1:
-            texts = zip(*tqdm(plain(), total=c.bytes, disable=None))
+            steps = tqdm(plain(), total=c.bytes, disable=None)  # of c.batch tokens each
+            texts = zip(*steps)
             return show([[prompt + vocabulary.decode(text)] for text in texts], c.raw)
         rounds = []
         if c.draft:

@@ -10,14 +10,15 @@
     5  the matrix form of Mamba-2
     6  the selective scan as GPU kernels
 
-A state-space model is h' = A h + B x, y = C h + D x: the input x pushes a hidden state h, and y is a view of it. Here
-every channel has a state of its own, n numbers that do not mix, so A is n numbers per channel.
+A state-space model is h' = A h + B x, y = C h + D x: the input x pushes a hidden state h, and y is a view of it. In
+Mamba every channel of x has a state of its own, n numbers that do not mix: A is diagonal. The inputs are bytes, each
+made a vector of d channels by a network (model.py).
 
-To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own (of model.py S4, S4D and BiGS need it), and
+To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own (model.py's S4, S4D and encoder need it), and
 section 6 is for GPUs. Every fast path computes what a naive one defines; tests/ hold it to that, in values and
-gradients. An argument `upto` asks for the state after the first upto steps (for speculation in sample.py).
+gradients. An argument `upto` asks for the state after the first upto steps (sample.py needs it).
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. Or copy ChunkedSelectiveScan, the
-two functions below it, _once and _no_autocast: 110 lines that need nothing else.
+two functions below it, _once and _no_autocast: 110 lines that need nothing else but the imports.
 
 Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1; h0 is the state before step 0, h_0
 that after it. In a gradient dv is dL/dv for every v, L the loss. dt alone is the step size, and its gradient is ddt.
@@ -27,12 +28,13 @@ that after it. In a gradient dv is dL/dv for every v, L the loss. dt alone is th
     h          (b, d, n)           h                    x              state
     y          (b, l, d)           y                    y              output
     dt         (b, l, d), > 0      Delta                Delta          step size; in S4 (d,)
-    A          (d, n), Re A < 0    A                    A              h' = A h + B x; A is diagonal
+    A          (d, n), Re A <= 0   A                    A              h' = A h + B x; A is diagonal
     B, C       (b, l, n)           B, C                 B, C           into h and out of h; in S4 (d, n)
     D          (d,)                only in its code     D              skip: y += D x
     Abar Bbar  (b, l, d, n)        A-bar, B-bar         A-bar, B-bar   discretized: h_t = Abar h_{t-1} + Bbar x_t
-    K          (d, l)                                   K-bar          kernel: y = K * x where nothing depends on t
-    Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*
+    K          (d, l)                                   K-bar          kernel: y is K convolved with x
+    Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*, not diagonal;
+                                                                       ^* is the conjugate transpose
     u          shape of x                               (not its u)    dt x, the input times its step size
     a, b       (batch, l, ...)                                         one step of any scan: h_t = a_t h_{t-1} + b_t
     log_a      (b, l, nh)                                              dt A, where a = exp(dt A)
@@ -41,7 +43,7 @@ that after it. In a gradient dv is dL/dv for every v, L the loss. dt alone is th
     nh p g     Mamba-2 (section 5): heads, channels per head, groups of heads that share B and C.
                There x, y (b, l, nh, p), h (b, nh, p, n), dt (b, l, nh), A (nh,), B, C (b, l, g, n)
 
-The state and its decays are float32 or wider, whatever the caller's dtype and autocast say. bfloat16 has 8
+In all scans the state and its decays are float32 or wider, whatever the caller's dtype and autocast say. bfloat16 has 8
 significant bits and rounds a decay of 0.999 to 1, so a state that forgets slowly would never forget.
 """
 import contextlib
@@ -141,9 +143,12 @@ def _skip(y, x, D):
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
 #
 # Bytes have no time between them, so why a differential equation? It gives decays exp(dt A) below 1 for every step size
-# dt > 0, and dt says how much one byte counts. All rules agree as dt -> 0. They differ in how x is taken between two
-# samples, and in how stable they are. zoh holds x during a step: then h(t + dt) = exp(dt A) h(t) + S B x, where S, the
-# integral of exp(s A) from s = 0 to dt, is (exp(dt A) - 1)/A.
+# dt > 0, and dt says how much one byte counts. A step leads from h_{t-1} to h_t in the time dt, and x_t acts in it. All
+# rules agree as dt -> 0, and differ in what they take for h' on the way:
+#     zoh        x = x_t all the time (zero-order hold). Then h(s) = exp(s A) h_{t-1} + (exp(s A) - 1)/A B x_t solves
+#                the equation: differentiate it. h_t is h(dt).
+#     euler      h' = A h_{t-1} + B x_t all the time, so h_t = h_{t-1} + dt h'
+#     bilinear   h' = A (h_{t-1} + h_t)/2 + B x_t, the mean of both ends, solved for h_t
 
 
 def discretize(dt, A, B, rule="mamba"):
@@ -151,22 +156,22 @@ def discretize(dt, A, B, rule="mamba"):
     glossary's shapes discretize(dt[..., None], A, B[:, :, None]).
 
     zoh       Abar = exp(dt A)                    Bbar = B (exp(dt A) - 1)/A       exact if x is held; Mamba eq. 4
-    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         Tustin's; S4 eq. 3
+    bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
-    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    of x_t + Abar x_{t-1}, not of x_t
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    factor of x_t + Abar x_{t-1}
 
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
     mamba's times (exp(z) - 1)/z, z = dt A: a factor from 1.00 down to 0.50 at Mamba's initialization (A from -1 to -16,
-    dt from 0.001 to 0.1; median 0.97), and less where a model learns to forget at once. It differs from channel to
-    channel, and B, which all channels share, cannot absorb it. The choice is an empirical one.
+    dt from 0.001 to 0.1; median 0.97). The choice is an empirical one.
 
     A may be 0: zoh's Bbar is dt B there, and its derivative by A is dt^2 B / 2. For |z| < 1e-2 we take the series
     (exp(z) - 1)/z = 1 + z/2 + z^2/6 + .. + z^5/720, since the quotient's derivative loses its digits there. torch.where
     differentiates both its branches, so the one that is not taken has to be finite too.
 
-    trapezoid takes the mean of a step's two ends, the earlier one decayed by Abar. So it is second order in dt where x
-    is smooth; a rule that sees one end is first order. Mamba-3 (2603.15569) learns the weights of the two ends.
+    trapezoid is the mean of what x writes at a step's two ends, the earlier end decayed by Abar. (What numerics calls
+    the trapezoidal rule, for h too, is bilinear.) It is second order in dt where x is smooth; a rule that sees one end
+    is first order. Mamba-3 (2603.15569) learns the weights of the two ends.
     """
     z = dt * A
     if rule == "mamba":
@@ -179,8 +184,8 @@ def discretize(dt, A, B, rule="mamba"):
         return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
     if rule == "zoh":
         small = z.abs() < 1e-2
-        safe = torch.where(small, torch.ones_like(z), z)
-        s = torch.where(small, z, torch.zeros_like(z))
+        safe = torch.where(small, torch.ones_like(z), z)  # 1 where the series is taken
+        s = torch.where(small, z, torch.zeros_like(z))  # 0 where the quotient is
         series = 1 + s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6))))
         return torch.exp(z), dt * torch.where(small, series, torch.expm1(safe) / safe) * B
     raise ValueError(f'rule "{rule}" is not one of zoh, bilinear, euler, mamba, trapezoid')
@@ -189,13 +194,13 @@ def discretize(dt, A, B, rule="mamba"):
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
 #
 #               combinations   depth        extra memory
-#    naive      l              l            autograd keeps every state once more
+#    naive      l              l            autograd keeps every state a second time
 #    parallel   2 l            2 log2 l     a and b of all pairs, and of pairs of pairs, ..
 #    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
 #
 # (One combination is the a h + b of one step, or two steps made one; depth counts those that must wait for each other.)
-# Depth is what a machine with idle processors cares for. Elsewhere chunked wins, by few large operations in place, so
-# auto takes it; parallel is here to be read, and for higher derivatives.
+# A machine with idle processors cares for depth, any other for few large operations in place: chunked has those, so
+# auto takes it. parallel is here to be read.
 
 
 def scan(a, b, h0=None, impl="auto"):
@@ -217,14 +222,15 @@ def scan(a, b, h0=None, impl="auto"):
 def _scan_naive(a, b, h):
     """The definition."""
     hs = []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # the gradient of an a[:, t] has a's size
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # a[:, t] would cost a gradient of a's full size per step
         h = a_t * h + b_t
         hs.append(h)
     return torch.stack(hs, dim=1)
 
 
 def _scan_parallel(a, b, h0):
-    """The associative scan (Blelloch 1990). Two steps in a row are one: a = a2 a1, b = a2 b1 + b2.
+    """The associative scan (Blelloch 1990). Two steps in a row are one, with a = a2 a1 and b = a2 b1 + b2, and to make
+    them one is associative: steps may be joined in any grouping that keeps their order. A tree needs no more.
 
     steps     0     1     2     3     4       1. join neighbours to pairs
               +--+--+     +--+--+     |
@@ -238,8 +244,8 @@ def _scan_parallel(a, b, h0):
 
 
 def _associative(a, b):
-    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (b, l, ...) of one shape -> h. The pairs halve
-    at each level, so it takes about 2 l combinations in 2 log2 l rounds."""
+    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (batch, l, ...) of one shape -> h. The pairs
+    halve at each level, so it takes about 2 l combinations in 2 log2 l rounds."""
     l = b.shape[1]
     if l == 1:
         return b
@@ -249,19 +255,20 @@ def _associative(a, b):
     b_pair = a[:, right] * b[:, left] + b[:, right]
     odd = _associative(a_pair, b_pair)  # h_1, h_3, ...
     between = slice(2, l, 2)
-    even = a[:, between] * odd[:, :(l - 1) // 2] + b[:, between]  # h_2, h_4, ...
-    even = torch.cat([b[:, :1], even], dim=1)
+    before = odd[:, :(l - 1) // 2]  # the states before those steps
+    even = a[:, between] * before + b[:, between]  # h_2, h_4, ...
+    even = torch.cat([b[:, :1], even], dim=1)  # h_0, h_2, h_4, ...
     h = torch.stack([even[:, :l // 2], odd], dim=2).flatten(1, 2)
     return h if l % 2 == 0 else torch.cat([h, even[:, -1:]], dim=1)
 
 
-class _Scan(torch.autograd.Function):
+class _ChunkedScan(torch.autograd.Function):
     """The scan in chunks, and its gradients by the same function. Autograd does not see it, so it may write in place.
 
     The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that
-    reaches h_t as an output, and g_t all that reaches it, also through later states. Then, with torch's rule for
-    complex numbers,
+    reaches h_t as an output, and g_t all that reaches it, also through later states. Then
         g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
+    For real numbers conj does nothing. (torch's gradient of a complex v is dL/dRe v + i dL/dIm v.)
     """
 
     @staticmethod
@@ -276,12 +283,13 @@ class _Scan(torch.autograd.Function):
         a, h, h0 = ctx.saved_tensors
         none = torch.zeros_like(a[:, :1])  # no step follows the last
         a_next = torch.cat([a[:, 1:], none], dim=1).conj()
+        # flipped, a_next begins with `none`, which meets the zero state
         g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
         h_before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
         return g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
 
 
-def _chunks_then_carries(a, b, h):
+def _chunks_then_carries(a, b, h0):
     """sqrt(l) chunks of sqrt(l) steps each, and fewer than sqrt(l) steps left over.
 
     x x x | x x x | x x x | x x      1. every chunk from h = 0, all chunks at once: one column after the other
@@ -294,16 +302,17 @@ def _chunks_then_carries(a, b, h):
     size = math.isqrt(l)
     whole = l // size * size
     out = torch.empty_like(b)
-    chunks = out[:, :whole].unflatten(1, (-1, size))  # (b, chunks, size, ...), a view of out
+    chunks = out[:, :whole].unflatten(1, (-1, size))  # (batch, chunks, size, ...), a view of out
     decays = torch.empty_like(chunks)  # a_t ... a_first
     state = torch.zeros_like(chunks[:, :, 0])
     decay = torch.ones_like(state)
     for t in range(size):
-        a_t = a[:, t:whole:size]  # (b, chunks, ...)
+        a_t = a[:, t:whole:size]  # (batch, chunks, ...)
         state = a_t * state + b[:, t:whole:size]
         decay = a_t * decay
         chunks[:, :, t] = state
         decays[:, :, t] = decay
+    h = h0
     for k in range(chunks.shape[1]):
         chunks[:, k].addcmul_(decays[:, k], h[:, None])
         h = chunks[:, k, -1]
@@ -313,7 +322,7 @@ def _chunks_then_carries(a, b, h):
     return out
 
 
-SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _Scan.apply}
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _ChunkedScan.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
@@ -579,11 +588,10 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
-    first upto steps, by default all, which costs a second scan of these; y always covers all steps. dt is positive
-    already; softplus is the caller's. y has x's dtype; h is float32, or float64 for float64 inputs. Gradients reach
-    every input, also through h; naive and parallel have higher derivatives too, and torch.func takes them. impl: naive,
-    parallel, chunked, triton (section 6), or auto: naive for one step, else triton on a CUDA GPU up to n = 64, else
-    chunked.
+    first upto steps: by default all, and fewer cost a second scan. y always covers all steps. dt is positive already;
+    softplus is the caller's. y has x's dtype; h is float32, or float64 if any input is. Gradients reach every input,
+    also through h; naive and parallel have higher derivatives too, and work under torch.func. impl: naive, parallel,
+    chunked, triton (section 6), or auto: naive for one step, else triton where it runs on a CUDA GPU, else chunked.
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
@@ -593,14 +601,15 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     if dtype.is_complex:
         raise ValueError(f"selective_scan takes real floats here, not {dtype}")
     h0 = x.new_zeros(b, d, n, dtype=dtype) if h0 is None else h0.to(dtype)
-    if impl == "triton" or impl == "auto" and x.is_cuda and l > 1 and not _why_no_triton(x, n):
+    auto_triton = impl == "auto" and x.is_cuda and l > 1 and not _why_no_triton(x, n)
+    if impl == "triton" or auto_triton:
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
     else:
         path = _choose(impl, "naive" if l == 1 else "chunked", SELECTIVE_SCANS)
-        wide, *rest, D_wide = _widen(x, dt, A, B, C, D)
+        x_wide, *rest, D_wide, h0 = _widen(x, dt, A, B, C, D, h0)
         with _no_autocast(x.device):
-            y, h = path(wide, *rest, h0)
-            y = _skip(y, wide, D_wide).to(x.dtype)
+            y, h = path(x_wide, *rest, h0)
+            y = _skip(y, x_wide, D_wide).to(x.dtype)
     if 0 < end < l:
         x, dt, B, C = (t[:, :end] for t in (x, dt, B, C))
         h = selective_scan(x, dt, A, B, C, None, h0, impl)[1]
@@ -626,12 +635,11 @@ def _selective_parallel(x, dt, A, B, C, h0):
 
 class ChunkedSelectiveScan(torch.autograd.Function):
     """Chunk after chunk, each small enough, where possible, that its states stay in the processor's cache. (These are
-    not the chunks of section 2: nothing runs at once along l, and a chunk is what is held at a time.) For thousands of
-    short sequences, b = 4,096 and l = 16, not even 16 steps fit, and the loop takes half the time.
+    not the chunks of section 2: nothing runs at once along l, and a chunk is what is held at a time.)
 
     apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. Forward keeps
     the state before every chunk and forgets the rest; backward computes a chunk's states again and walks it in reverse.
-    With g_t as in section 2:
+    With g_t as in section 2, where dh_t is C_t dy_t, since y_t = C_t h_t; after the last step comes dh, the argument:
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
@@ -669,7 +677,7 @@ class ChunkedSelectiveScan(torch.autograd.Function):
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
-        carry = dh.transpose(1, 2)  # a_{t+1} g_{t+1} of the step after the chunk
+        carry = dh.transpose(1, 2)  # of what comes after the chunk: dh, and later a_{t+1} g_{t+1}
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
             x_s, dt_s, dy_s = (t[:, s] for t in (x, dt, dy))
             u = dt_s * x_s
@@ -685,7 +693,7 @@ class ChunkedSelectiveScan(torch.autograd.Function):
             dx[:, s] = du * dt_s  # (2)
             dB[:, s] = (u[:, :, None] @ g.mT).squeeze(2)  # (3)
             dC[:, s] = (dy_s[:, :, None] @ h.mT).squeeze(2)
-            w = a.mul_(g)  # (4), in the memory of a
+            w = a.mul_(g)  # (4), in the memory of a, which is not needed any more
             w[:, 1:].mul_(h[:, :-1])
             w[:, 0].mul_(start)
             for w_t, dt_t in zip(w.unbind(1), dt_s[:, :, None].unbind(1)):
@@ -695,7 +703,8 @@ class ChunkedSelectiveScan(torch.autograd.Function):
 
 
 def _chunk_slices(b, l, state_size):
-    """Slices of the length axis: 16 to 64 steps, few enough to keep a buffer of states near 2 MB (2**19 float32)."""
+    """Slices of the length axis: 64 steps, or fewer, but not below 16, to keep a buffer of states near 2 MB (2**19
+    float32)."""
     size = 2**19 // max(1, b * state_size)
     size = min(l, max(16, min(64, size)))
     return [slice(i, min(i + size, l)) for i in range(0, l, size)]
@@ -716,16 +725,17 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
                    "chunked": ChunkedSelectiveScan.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. SSD (Mamba-2): one decay per head, not one per channel and state, so that the scan becomes products of matrices
+# 5. SSD, state-space duality (Mamba-2, 2405.21060): one decay per head makes the scan products of matrices
 #
 # A head is p channels with one decay, one B and one C. Their states are a matrix h (p, n), and a step adds the outer
 # product of what is written, u_t = dt_t x_t (p numbers), and where, B_t (n numbers). Unroll
 # h_t = a_t h_{t-1} + u_t B_t^T with a number a_t = exp(dt_t A), read it out by C_t, and attention appears:
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(dt_i A + ... + dt_{j+1} A)
-# with C as queries, B as keys, u as values, and a decay where softmax was (Dao and Gu: state-space duality). For l = 6
-# and chunks of q = 2, the matrix L * (C B^T), elementwise, that maps u to y is
+# with C as queries, B as keys, u as values, and a decay where softmax was. (Mamba has a decay per channel and state: it
+# cannot be taken out of the sum over states C_i . B_j, so there is no matrix L.) For l = 6 and chunks of q = 2, the
+# matrix L (C B^T), multiplied elementwise, that maps u to y is
 #
-#     [ x          ]    x: attention inside a chunk. o: through the state, of rank n at most. In three steps:
+#     [ x          ]    x: attention inside a chunk. o: through the n numbers of the state per channel. In three steps:
 #     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
 #     [ o o x      ]    2. states are carried from chunk to chunk (section 2's scan),
 #     [ o o x x    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
@@ -735,21 +745,20 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #                work per head                numbers kept per head     what it is
 #    naive       2 l n p                      l n p, by autograd        the recurrence
 #    quadratic   l^2 (n + p), and l^3 for L   l^2, a few times          masked attention
-#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), too    attention in chunks, a scan between them
+#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), ditto   attention in chunks, a scan between them
 #
-# The same frame with other decays: a = 1 is linear attention, a constant a RetNet, a vector a_t of n numbers gated
-# linear attention (call scan), a complex number Mamba-3 (in model.py, by turning B and C), a matrix
-# a_t = 1 - beta_t B_t B_t^T DeltaNet (not here).
+# Other decays in the same frame have names too. a = 1: linear attention. A constant: RetNet. n numbers: gated linear
+# attention (call scan). A complex number: Mamba-3 (model.py). A matrix 1 - beta_t B_t B_t^T: DeltaNet (not here).
 
 
 def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t        (sections 5 and 6 of the paper)
 
-    x (b, l, nh, p), dt (b, l, nh) positive, A (nh,) negative, B, C (b, l, g, n): head i reads group i // (nh // g),
+    x (b, l, nh, p), dt (b, l, nh) > 0, A (nh,) <= 0, B, C (b, l, g, n): head i reads group i // (nh // g),
     D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h (b, nh, p, n), float32 or float64, after
     the first upto steps, by default all. Gradients reach every input, also through h. impl: naive, quadratic, chunked,
-    or auto, which is chunked (naive for one step). In a product of matrices 0 times NaN is NaN: an input that is not
-    finite spoils the 32 steps of its chunk, also those before it, where naive spoils only what comes after.
+    or auto, which is chunked (naive for one step). An input that is not finite spoils what comes after, and, since 0
+    times NaN is NaN, in chunked also what comes before in its chunk of 32 steps, in quadratic everything.
     """
     _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"), D=(D, "nh"))
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
@@ -807,38 +816,38 @@ def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
     b, l = u.shape[:2]
     if l <= size:
         return _ssd_quadratic(u, log_a, B, C, h0, end)
-    first = [t[:, :end] for t in (u, log_a, B, C)]
-    count = math.ceil(l / size)
+    inputs = u, log_a, B, C
     if l % size:
         fill = (0, -l % size)  # F.pad counts axes from the last: (0, 0) for each one after l
-        u, log_a, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + fill) for t in (u, log_a, B, C))
-    chunks = [t.unflatten(1, (count, size)) for t in (u, log_a, B, C)]
-    parts = _heads_first(*(t.flatten(0, 1) for t in chunks))  # (b chunks, nh, size, ...)
-    ends = _last_state(*parts, torch.zeros_like(h0[:1])).unflatten(0, (b, count))  # 1, from zero
-    decays = chunks[1].sum(2).exp()[..., None, None]  # (b, chunks, nh, 1, 1)
+        inputs = [F.pad(t, (0, 0) * (t.ndim - 2) + fill) for t in inputs]
+    count = math.ceil(l / size)
+    chunks = [t.reshape(b * count, size, *t.shape[2:]) for t in inputs]
+    parts = _heads_first(*chunks)  # (b count, nh, size, ...)
+    no_state = torch.zeros_like(h0[:1])
+    ends = _last_state(*parts, no_state).unflatten(0, (b, count))  # 1
+    decays = chunks[1].sum(1).exp().view(b, count, -1, 1, 1)  # of whole chunks
     h = scan(decays, ends, h0, "naive")  # 2: few steps
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
     y = y.unflatten(0, (b, count)).flatten(1, 2)[:, :l]
     if end < l:
-        return y, _last_state(*_heads_first(*first), h0)
+        return y, _last_state(*_heads_first(*(t[:, :end] for t in inputs)), h0)
     return y, h[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all of h
 
 
 def _heads_first(u, log_a, B, C):
-    """u (b, nh, l, p), log_a (b, nh, l), B, C (b, g, l, n)."""
+    """From (b, l, heads or groups, ...): u (b, nh, l, p), log_a (b, nh, l), B, C (b, g, l, n)."""
     return [t.transpose(1, 2) for t in (u, log_a, B, C)]
 
 
 def _decays(log_a):
     """L (..., l, l), L_ij = exp(log_a_{j+1} + ... + log_a_i) for j <= i, else 0: log_a (..., l).
 
-    The sum over k is a product with a matrix of ones and zeros. For l = 3 and log_a = (p, q, r):
+    The sums are a product with a matrix of ones and zeros. For l = 3 and log_a = (r, s, t):
         [1 0 0] [0 0 0]   [ 0   0 0]             [1        0    0]
-        [1 1 0] [q 0 0] = [ q   0 0]       L =   [e^q      1    0]
-        [1 1 1] [r r 0]   [q+r  r 0]             [e^(q+r)  e^r  1]
-    A difference of two long sums, cumsum_i - cumsum_j, would be shorter and lose digits after strong decays: in
-    float32, 0.3 % of a decay after a sum of 40,000.
+        [1 1 0] [s 0 0] = [ s   0 0]       L =   [e^s      1    0]
+        [1 1 1] [t t 0]   [s+t  t 0]             [e^(s+t)  e^t  1]
+    A difference of two cumulative sums would be shorter and lose digits after strong decays.
     """
     l = log_a.shape[-1]
     lower = torch.ones(l, l, dtype=log_a.dtype, device=log_a.device).tril()
@@ -857,7 +866,7 @@ def _attend(u, log_a, B, C, h0):
 
 def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
-    later = F.pad(log_a[..., 1:], (0, 1))
+    later = F.pad(log_a[..., 1:], (0, 1))  # of the next step, 0 after the last
     to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # log_a summed over the steps after j
     decayed = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
     from_u = (decayed @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)

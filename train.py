@@ -1,7 +1,8 @@
 """Train a byte language model: python train.py, or -h for the flags.
 
-In order: flags, where it runs, what is predicted, the optimizer, validation, the run's folder, the loop (the function
-train), what stands around it, the script. Letters: c the flags, b windows, l positions, v tokens of the vocabulary.
+In order: flags, where it runs, what is predicted, the optimizer, validation, the loop (the function train). Then what
+stands around it and may wait: a run's folder, its state, the screen, the script. Letters: c the flags, b windows, l
+positions, v tokens of the vocabulary.
 
     main -> open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
                                                    -> finish -> Run.validate -> measure -> evaluate, once or twice
@@ -20,12 +21,12 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def flag(default, text, low=0, high=2**62, one_of=None, fixed=False):
 def parse(cls, argv, description):
     """The dataclass cls from the command line, and a dict of the flags that were given there; -h prints and exits."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS)  # only what is given
+    # instead of the usage and an exit
     parser.error = lambda message: require(False, f"{message}; -h lists the flags")
     for f in fields(cls):
         default = f" (default: {f.default})" if f.default != "" else ""
@@ -72,14 +74,22 @@ def parse(cls, argv, description):
     return c, given
 
 
+def forget_broken_output():
+    """Without standard output if that cannot be written: Python would flush it at exit, and fail again."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        sys.stdout = None
+
+
 def script(main):
-    """main(argv) that ends in one line: status 2 after an error that the user can mend, 130 after Ctrl-C or where
-    nobody reads standard output any more. What its encoding cannot show is shown as a question mark."""
+    """main(argv) that ends in one line where a user can mend the error: status 2, or 130 after Ctrl-C or where nobody
+    reads standard output any more. What its encoding cannot show is shown as a question mark."""
     @wraps(main)
     def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        if sys.stderr is None:  # closed; print would turn to standard output
+        if sys.stderr is None:  # closed (2>&-); print(file=None) would write to standard output
             sys.stderr = open(os.devnull, "w")
         try:
             return main(argv)
@@ -88,16 +98,15 @@ def script(main):
             return 130
         except (UserError, MemoryError, RuntimeError, OSError) as e:
             signs = ("out of memory", "allocate", "size calculation overflowed", "too big")
-            short = isinstance(e, MemoryError) or any(sign in str(e) for sign in signs)
-            if isinstance(e, RuntimeError) and not short:
+            no_memory = isinstance(e, MemoryError) or any(sign in str(e) for sign in signs)
+            if isinstance(e, RuntimeError) and not no_memory:
                 raise
-            if isinstance(e, OSError):  # of standard output, mostly
-                sys.stdout = None  # or Python would flush it at exit, and fail again
+            forget_broken_output()
             if isinstance(e, BrokenPipeError):
                 return 130
             reason = " ".join(str(e).split())[:300] or "out of memory"
             way_out = "; lower the batch, the length or the model's size, or give it less data"
-            print(f"error: {reason}{way_out if short else ''}", file=sys.stderr)
+            print(f"error: {reason}{way_out if no_memory else ''}", file=sys.stderr)
             return 2
     return run
 
@@ -105,6 +114,7 @@ def script(main):
 @dataclass
 class RunFlags:
     """The flags of every run, whatever it trains: also distill.py's."""
+    script: ClassVar[str] = "train.py"  # no flag: the program that makes such runs
     data: str = flag("python", "a file, a folder, or a known name: python, shakespeare, enwik8, "
                      f"in train.py {', '.join(TASKS)}")
     out: str = flag("", "folder of the run (default: out/LAYER, of an encoder out/OBJECTIVE)")
@@ -178,17 +188,6 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def agree(run, nats, seconds):
-    """The mean of all processes' nats, and process 0's clock and signal: they have to stop at the same step."""
-    if run.world == 1:
-        return nats, seconds, run.caught
-    mine = [seconds, run.caught] if run.rank == 0 else [0, 0]
-    total = torch.tensor([nats / run.world, *mine], dtype=torch.float64, device=run.device)
-    dist.all_reduce(total)
-    nats, seconds, stopped = total.tolist()
-    return nats, seconds, int(stopped)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. What is predicted: an objective turns bytes into tokens to read and targets to predict from them
 #
@@ -209,8 +208,8 @@ class Objective(NamedTuple):
 
 def choose(k, l, seed, first):
     """Booleans (b, l), k[i] of them True in row i, chosen at random; and the generator to go on with."""
-    rng = np.random.default_rng((seed, first, 1))  # the 1: windows draws from (seed, epoch)
-    place = rng.random((len(k), l)).argsort(1).argsort(1)  # of each position in a random order
+    rng = np.random.default_rng((seed, first, 1))  # with the 1 no seed is that of `windows`, (seed, epoch)
+    place = rng.random((len(k), l)).argsort(1).argsort(1)  # the rank of each position in a random order
     return place < k[:, None], rng
 
 
@@ -234,14 +233,14 @@ def masked_diffusion(before, targets, seed, first):
     """k of l bytes from the others, k uniform in 1 .. l: the mean loss bounds that of all bytes in a row.
 
         -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
-    Proof: write a text in a random order. With k bytes still to come each of them is the next with chance 1/k, so the
-    mean of its -log p is the sum over k. Add up k = l .. 1: by Jensen that bounds -log of the mean over orders. With
-    t = k/l it is the diffusion bound, an integral over t weighted 1/t (Sahoo et al. 2024), without the variance of the
-    number of masks. Window j takes k from the fraction (j * golden ratio) mod 1, which is uniform in the long run and
-    spread out evenly within any few windows.
+    Proof: write a text in a random order. While k bytes are masked, each of them is the next with chance 1/k, so the
+    expected -log p of the next is (1/k) sum_{i masked}. Added up for k = l .. 1 that is the expected -log p(x | order),
+    which by Jensen is at least -log of the expected p(x | order). With t = k/l it is the diffusion bound, an integral
+    over t weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks.
     """
     b, l = targets.shape
-    fraction = (math.sqrt(5) - 1) / 2 * (first + np.arange(b)) % 1
+    golden = (math.sqrt(5) - 1) / 2
+    fraction = golden * (first + np.arange(b)) % 1  # uniform, and evenly spread within any few windows
     chosen, _ = choose(1 + np.floor(l * fraction).astype(np.int64), l, seed, first)
     return np.where(chosen, MASK, targets), np.where(chosen, targets, NO_TARGET)
 
@@ -253,7 +252,7 @@ NEXT = OBJECTIVES["next"]
 
 
 def draw_batch(c, data, objective, first):
-    """The tokens and targets of a step, for all processes: (b, 2, seq_len). first windows have been drawn before."""
+    """The tokens and targets of a step, for all processes: (b, 2, seq_len). `first` counts the windows before them."""
     if objective.task:
         pair = objective.task(c.seq_len, c.batch_size, c.seed, first // c.batch_size)
     else:
@@ -285,9 +284,9 @@ SHARE = {"decayed": 1.0, "not decayed": 1.0, "slow": 0.1}  # of the learning rat
 def parameter_groups(model):
     """{"decayed": {name: parameter}, "not decayed": ..., "slow": ...}: only the weights of Linear layers are decayed.
 
-    By name, since shape misleads: A_log has two axes, and decay would pull every A towards -1. The embedding is not
-    decayed, also where the head shares it. A module lists its slow parameters in an attribute `slow`: a small change
-    of S4's dt or A changes its whole kernel.
+    By module, since shape misleads: A_log has two axes, and decay would pull every A = -exp(A_log) towards -1. The
+    embedding is not decayed, also where the head shares it. A module lists its slow parameters in an attribute `slow`:
+    a small change of S4's dt or A changes its whole kernel.
     """
     group_of = {}
     for path, module in model.named_modules():
@@ -320,11 +319,9 @@ def learning_rate(c, step, progress):
 # 5. Validation: evaluate is one pass over the data; measure, below, calls it once or twice
 
 
-def validation_pieces(data, seq_len, batch_size, carried=False):
+def validation_pieces(data, seq_len, batch_size):
     """All of data once, in arrays (2, b, l), [0] the bytes before and [1] the bytes; a newline comes before the first.
-    Windows of seq_len, up to batch_size per piece, and a shorter last one. Carried: each piece is one long window."""
-    if carried:
-        return validation_pieces(data, seq_len * batch_size, 1)
+    Windows of seq_len, up to batch_size per piece, and a shorter last one."""
     size = seq_len * batch_size
     whole = len(data) // seq_len * seq_len
     before = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
@@ -336,8 +333,9 @@ def validation_pieces(data, seq_len, batch_size, carried=False):
 def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False, objective=NEXT):
     """(bits per target, share guessed right) over all of data; for the objective next each token is a target once.
 
-    Each window begins with an empty state, so a byte is predicted from its window alone. Carried: the state is handed
-    from piece to piece, so a byte is predicted from all before it that the state keeps, in constant memory.
+    Each window begins with an empty state, so a byte is predicted from its window alone. Carried: each piece is one
+    window of seq_len * batch_size, and the state is handed from piece to piece, so a byte is predicted from all before
+    it that the state keeps, in constant memory. A window counts by its length, however few of its bytes are targets.
     """
     training = model.training
     model.eval()
@@ -348,7 +346,9 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
         scored = np.stack(objective.task(seq_len, TASK_WINDOWS, 2**63, 0))
         pieces = np.split(scored, range(batch_size, TASK_WINDOWS, batch_size), axis=1)
     else:
-        pieces = validation_pieces(data, seq_len, batch_size, carried)
+        if carried:
+            seq_len, batch_size = seq_len * batch_size, 1
+        pieces = validation_pieces(data, seq_len, batch_size)
     for piece in tqdm(pieces, desc="validating", leave=False, disable=None):
         _, b, l = piece.shape
         drawn = objective.draw(*piece.astype(np.int64), 0, first)
@@ -366,87 +366,18 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The run's folder: best.pt, last.pt, log.jsonl
-
-
-FILES = ("last.pt", "best.pt", "log.jsonl")
-
-
-def stamps(folder):
-    """{name: when it was written} of the files of a run in the folder. fit looks again when it has claimed it."""
-    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
-
-
-def open_run(c, given, script):
-    """(flags, None) of a new run in --out, or (flags, (model, extra)) of the last.pt there, to be resumed with its own
-    flags but for those given. Saved flags that no longer exist are left out."""
-    folder = Path(c.out)
-    require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
-    real = Path(os.path.realpath(folder))
-    inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
-    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
-    files = stamps(folder)
-    way_on = ", or go on with --resume" if "last.pt" in files else ""
-    require(not files or (c.resume and way_on), f"{folder} holds {', '.join(files)}; "
-            f"choose another --out{way_on}")
-    if not c.resume:
-        return c, None
-    model, extra = load(folder / "last.pt")
-    require(extra.get("script") == script, f"{folder} is no run of {script}; choose another --out")
-    extra["stamps"] = files
-    saved = {name: value for name, value in extra["flags"].items() if name in vars(c)}
-    if "steps" in given and "minutes" not in given:
-        given = {**given, "minutes": 0.0}
-    print(f"resuming {folder} at step {extra['step']}")
-    for f in fields(c):
-        was = saved.get(f.name, f.default)
-        value = given.get(f.name, was)
-        if value != was and f.name not in ("resume", "out"):
-            require(not f.metadata["fixed"], f"--{f.name} {value}: the run in {folder} has "
-                    f"{was!r}; leave the flag out or choose another --out")
-            print(f"with        --{f.name} {value} (was {was})")
-    c = type(c)(**{**saved, **given, "out": c.out})
-    check_fields(c, "--")
-    return c, (model, extra)
-
-
-def claim(folder):
-    """The folder, locked until it is closed or the process ends: two runs in one would destroy each other. UserError if
-    it cannot be written, or is claimed. What a crash left half-written there is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY) if fcntl else None
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in FILES:
-            for half in folder.glob(f"{name}.????????????.tmp"):
-                half.unlink()
-    except BlockingIOError as e:
-        raise UserError(f"another process trains in --out {folder}; choose another") from e
-    except OSError as e:
-        raise UserError(f"--out {folder} cannot be written: {e}") from e
-    return lock
-
-
-def open_log(folder, logged):
-    """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
-    log = open(folder / "log.jsonl", "ab", buffering=0)
-    log.truncate(min(logged, log.tell()))
-    return log
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The loop
+# 6. The loop
 
 
 def train(run, model):
-    """The loop, until the budget is spent or a signal comes. model is run.model, compiled or wrapped as may be."""
+    """The loop, until the budget is spent or a signal comes. model is run.model, or that one compiled, or for several
+    processes."""
     c = run.c
     optimizer = run.optimizer
     while run.progress < 1 and not run.stopped:
         run.validate_if_due()
         began = time.perf_counter()
-        run.lr = learning_rate(c, run.step, run.progress)
+        torch.manual_seed(c.seed + run.step * run.world + run.rank)  # dropout: a resumed run repeats it
         for group in optimizer.param_groups:
             group["lr"] = run.lr * group["share"]
         loss = 0.0
@@ -463,10 +394,87 @@ def train(run, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 7. The run's folder: best.pt, last.pt, log.jsonl
+
+
+FILES = ("last.pt", "best.pt", "log.jsonl")
+
+
+def stamps(folder):
+    """{name: when it was written} of the files of a run in the folder. open_run looks, and fit again when it has
+    claimed the folder: another run may have begun and ended there while this one read its data."""
+    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
+
+
+def with_saved(c, given, extra):
+    """The flags c with those that a checkpoint's run had, but for those given and those that no longer exist."""
+    saved = {name: value for name, value in extra.get("flags", {}).items() if name in vars(c)}
+    c = type(c)(**{**saved, **given, "out": c.out})
+    check_fields(c, "--")
+    return c
+
+
+def open_run(c, given):
+    """(flags, None, {}) of a new run in --out, or (flags, model, extra) of the last.pt there, to be resumed with its
+    own flags but for those given."""
+    folder = Path(c.out)
+    require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
+    real = Path(os.path.realpath(folder))
+    inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
+    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
+    files = stamps(folder)
+    can_resume = "last.pt" in files
+    require(not files or c.resume and can_resume, f"{folder} holds {', '.join(files)}; choose "
+            f"another --out{', or go on with --resume' if can_resume else ''}")
+    if not c.resume:
+        return c, None, {}
+    model, extra = load(folder / "last.pt")
+    require(extra.get("script") == c.script,
+            f"{folder} is no run of {c.script}; choose another --out")
+    extra["stamps"] = files
+    if "steps" in given and "minutes" not in given:
+        given = {**given, "minutes": 0.0}  # --steps takes the place of the run's --minutes
+    print(f"resuming {folder} at step {extra['step']}")
+    before = vars(with_saved(c, {}, extra))
+    fixed = {f.name for f in fields(c) if f.metadata["fixed"]}
+    for name, value in given.items():
+        if value != before[name] and name != "resume":
+            require(name not in fixed, f"--{name} {value}: the run in {folder} has "
+                    f"{before[name]!r}; leave the flag out or choose another --out")
+            print(f"with        --{name} {value} (was {before[name]})")
+    return with_saved(c, given, extra), model, extra
+
+
+def claim(folder, stack):
+    """Locks the folder until the stack ends: two runs in one would destroy each other. UserError if it is locked, or
+    cannot be made. What a crash left half-written there is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in FILES:
+            for half in folder.glob(f"{name}.????????????.tmp"):  # of whole_file
+                half.unlink()
+    except BlockingIOError as e:
+        raise UserError(f"another process trains in --out {folder}; choose another") from e
+    except OSError as e:
+        raise UserError(f"--out {folder} cannot be written: {e}") from e
+
+
+def open_log(folder, logged):
+    """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
+    log = open(folder / "log.jsonl", "ab", buffering=0)  # tell() counts what is on the disk
+    log.truncate(min(logged, log.tell()))
+    return log
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 8. What stands around the loop: figures, what a run carries and keeps, the screen, signals
 
-VALIDATION_TOKENS = 8192  # per call, at least: all windows of a call share one S4 kernel
-CARRIED_TOKENS = 1024  # per call: attention scores a piece l x l, and its window keeps few
+VALIDATION_TOKENS = 8192  # in a call, about: S4 makes its kernel once per call
+CARRIED_TOKENS = 1024  # in a call: attention in a window would score longer pieces l x l for nothing
 SAVE_SECONDS = 60  # a crash loses about this much training at most
 KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float,
         "logged": int, "data": str}  # of a Run, in its checkpoints
@@ -479,62 +487,77 @@ def measure(run):
     for attention without a window, whose state grows, for S4, which takes a step per byte to find its state, and for
     tasks, which are no stream."""
     c = run.c
-    bytes_per_token = run.tokens.bytes_per_token
-    score = partial(evaluate, run.model, run.tokens.val, c.seq_len, cast=run.cast)
-    bits, accuracy = score(batch_size=max(c.batch_size, VALIDATION_TOKENS // c.seq_len),
-                           objective=run.objective)
+    val = run.encoded.val
+    bytes_per_token = run.encoded.bytes_per_token
+    batch_size = max(c.batch_size, VALIDATION_TOKENS // c.seq_len)
+    bits, accuracy = evaluate(run.model, val, c.seq_len, batch_size, run.cast,
+                              objective=run.objective)
     carried = None
     if run.model.constant_memory and not run.objective.task and "s4" not in run.model.config.kinds:
-        batch_size = max(1, CARRIED_TOKENS // c.seq_len)
-        carried = score(batch_size=batch_size, carried=True)[0] / bytes_per_token
+        carried, _ = evaluate(run.model, val, CARRIED_TOKENS, 1, run.cast, carried=True)
+        carried /= bytes_per_token
     return {"val_bpb": bits / bytes_per_token, "val_bpb_carried": carried, "val_accuracy": accuracy}
 
 
 class Run:
     """What a run carries from step to step, and how it is kept: all that the loop is not."""
 
-    def __init__(self, c, where, model, corpus, objective, loss_of=None, script="train.py"):
+    def __init__(self, c, where, model, corpus, objective, loss_of=None):
         self.c = c
         self.rank, self.world, self.device = where
         self.folder = Path(c.out)
-        self.script = script
         self.corpus = corpus._replace(val=corpus.val[:c.val_bytes or None])
-        self.tokens = in_words(self.corpus, model.config.merges)  # the corpus as the model reads it
-        self.step_bytes = c.batch_size * c.seq_len * self.tokens.bytes_per_token
-        self.read = 0  # tokens, so far
+        self.encoded = in_words(self.corpus, model.config.merges)  # as the model reads it
+        # what a resumed run has to find again
         ends = bytes(corpus.train[:4096]) + bytes(corpus.train[-4096:])
-        # a resumed run has to find the same
         self.data = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
         if objective.task:
             self.data = corpus.name
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
-        self.dtype, self.cast = pick_dtype(c.dtype, self.device)
-        self.model = model.to(self.device, self.dtype).train()
+        dtype, self.cast = pick_dtype(c.dtype, self.device)
+        self.model = model.to(self.device, dtype).train()
         self.optimizer = make_optimizer(model, c.lr, c.weight_decay)
         self.step = self.validated = 0  # validated: the step of the last validation
+        self.read = 0  # tokens, so far
         self.logged = 0  # bytes of log.jsonl
         self.seconds = self.saved_at = 0.0  # of training; saved_at: those at the last save
         self.best_bpb = math.inf
-        self.lr = 0.0
         self.caught = 0  # the signal that this process noted
         self.caught_at = 0.0
         self.stopped = 0  # the one that process 0 noted and all agreed on
         self.interruptible = False  # True in a validation by a single process
-        self.lock = self.log = self.bar = None  # opened by fit
+        self.log = self.bar = None  # opened by fit
+
+    # A signal is noted (caught). After the step all processes agree on that of process 0 (stopped), the loop ends, and
+    # fit saves last.pt. A validation by a single process ends at once, by a KeyboardInterrupt: it can be repeated.
 
     def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM is noted, and the loop ends after its step; a second exits."""
+        """The first Ctrl-C or SIGTERM is noted; a second exits."""
         now = time.monotonic()
-        if self.caught and now - self.caught_at > 1:  # sooner it may be the same wish twice
+        if self.caught and now - self.caught_at > 1:  # sooner it may be one wish sent twice
             sys.exit(128 + number)
         if not self.caught:
             self.caught = number
             self.caught_at = now
-        if self.interruptible:
+        self.end_validation()
+
+    def end_validation(self):
+        """KeyboardInterrupt if a signal came and a validation may end for it."""
+        if self.caught and self.interruptible:
             self.interruptible = False  # not once more, while it is saved
             raise KeyboardInterrupt
+
+    def agree(self, nats, seconds):
+        """The mean of all processes' nats, and process 0's clock and signal: they have to stop at the same step."""
+        if self.world == 1:
+            return nats, seconds, self.caught
+        mine = [seconds, self.caught] if self.rank == 0 else [0, 0]  # the sum is process 0's
+        total = torch.tensor([nats / self.world, *mine], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        nats, seconds, stopped = total.tolist()
+        return nats, seconds, int(stopped)
 
     @property
     def progress(self):
@@ -542,13 +565,17 @@ class Run:
         minutes = self.c.minutes
         return self.seconds / (60 * minutes) if minutes else self.step / self.c.steps
 
+    @property
+    def lr(self):
+        """The learning rate of the next step."""
+        return learning_rate(self.c, self.step, self.progress)
+
     def restore(self, extra):
         """Go on where a checkpoint was saved, with AdamW's moments; rates and decay are those of this run's flags."""
         try:
             kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
-            torch.set_rng_state(extra["random"].cpu())
             fits = all(state[name].shape == p.shape for p, state in self.optimizer.state.items()
                        for name in ("exp_avg", "exp_avg_sq"))
             require(fits, "its optimizer is that of another model")
@@ -560,12 +587,12 @@ class Run:
         self.saved_at = self.seconds
 
     def save(self, name):
-        """Never weights that are not finite: the file that was saved before stays."""
+        """Model, optimizer, flags and counts, as last.pt or best.pt. Never weights that are not finite: the file that
+        was saved before stays."""
         finite = all(p.isfinite().all() for p in self.model.parameters())
         self.stop_unless(finite, "weights are not finite")
-        save(self.folder / name, self.model, script=self.script, flags=asdict(self.c),
-             optimizer=self.optimizer.state_dict(), random=torch.get_rng_state(),
-             **{kept: getattr(self, kept) for kept in KEPT})
+        save(self.folder / name, self.model, script=self.c.script, flags=asdict(self.c),
+             optimizer=self.optimizer.state_dict(), **{kept: getattr(self, kept) for kept in KEPT})
         self.saved_at = self.seconds
 
     def stop_unless(self, fine, found):
@@ -575,22 +602,21 @@ class Run:
 
     def record(self, **figures):
         """One line of log.jsonl."""
-        line = {"step": self.step, "bytes": round(self.read * self.tokens.bytes_per_token),
+        line = {"step": self.step, "bytes": round(self.read * self.encoded.bytes_per_token),
                 "seconds": round(self.seconds, 3), **dict.fromkeys(FIGURES), **figures}
         self.log.write(json.dumps(line).encode() + b"\n")
         self.logged = self.log.tell()
 
     def validate(self):
-        """Validate and, if all is well, save. (A step's loss is computed before its update: only a validation sees the
-        newest weights.)"""
-        if self.world == 1 and self.caught:  # in the save after the last step
-            raise KeyboardInterrupt
-        self.interruptible = self.world == 1  # it can be repeated; of several, others would wait
+        """Validate and, if all is well, save. (A step's loss is that of the weights before it: only here a last update
+        that blew up is noticed.)"""
+        self.interruptible = self.world == 1  # of several, others would wait
+        self.end_validation()  # for a signal that came since the last step, as in a save
         figures = measure(self)
         self.interruptible = False
         bpb = figures["val_bpb"]
         self.stop_unless(math.isfinite(bpb), f"validation loss is {bpb}")
-        if self.validated < self.step:  # else a finished run was resumed
+        if self.validated < self.step:  # else a finished run was resumed: its line is there
             self.record(**figures)
         self.validated = self.step
         if bpb < self.best_bpb:
@@ -609,34 +635,41 @@ class Run:
     def batches(self):
         """This process's windows of the step, in --accumulate parts: (tokens, targets), each (b, seq_len)."""
         first = self.read // self.c.seq_len  # windows of this length in what is read
-        batch = draw_batch(self.c, self.tokens.train, self.objective, first)
+        batch = draw_batch(self.c, self.encoded.train, self.objective, first)
         own = batch.chunk(self.world)[self.rank].to(self.device)
         return [part.unbind(1) for part in own.chunk(self.c.accumulate)]
 
     def after_step(self, nats, took):
         """Count the step; process 0 logs it, shows it, and saves once a minute."""
-        nats, self.seconds, self.stopped = agree(self, nats, self.seconds + took)
+        lr = self.lr
+        nats, self.seconds, self.stopped = self.agree(nats, self.seconds + took)
         self.stop_unless(math.isfinite(nats), f"loss is {nats}")
+        count = self.c.batch_size * self.c.seq_len
         self.step += 1
-        self.read += self.c.batch_size * self.c.seq_len
+        self.read += count
         if self.rank:
             return
-        bpb = nats / math.log(2) / self.tokens.bytes_per_token
-        speed = self.step_bytes / took
-        self.record(train_bpb=bpb, lr=self.lr, bytes_per_second=round(speed, 1))
-        if self.step == 1:
-            v = self.model.config.vocab
-            guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if self.unit else ""
-            self.bar.write(f"step 0      loss {nats:.3f}{guess}")
-        minutes = (self.c.steps - 20) * took / 60
-        if self.step == 20 and not self.c.minutes and minutes > 1:
-            self.bar.write(f"            about {minutes:.0f} minutes at this speed; "
-                           "to train for fewer: --minutes N")
-        loss = f"{bpb:.3f} {self.unit}" if self.unit else f"loss {nats:.3f}"
-        self.bar.desc = f"step {self.step} | {loss} | {speed:,.0f} bytes/s"
-        self.bar.update(min(self.progress, 1.0) - self.bar.n)
+        bpb = nats / math.log(2) / self.encoded.bytes_per_token
+        speed = count * self.encoded.bytes_per_token / took
+        self.record(train_bpb=bpb, lr=lr, bytes_per_second=round(speed, 1))
+        show_step(self, nats, bpb, speed, took)
         if self.seconds - self.saved_at > SAVE_SECONDS:
             self.save("last.pt")
+
+
+def show_step(run, nats, bpb, speed, took):
+    """The bar, after the first step the loss before any update, and after 20 how long it will take."""
+    if run.step == 1:
+        v = run.model.config.vocab
+        guess = f" nats; guessing uniformly is ln {v} = {math.log(v):.3f}" if run.unit else ""
+        run.bar.write(f"step 0      loss {nats:.3f}{guess}")
+    minutes = (run.c.steps - 20) * took / 60
+    if run.step == 20 and not run.c.minutes and minutes > 1:
+        run.bar.write(f"            about {minutes:.0f} minutes at this speed; "
+                      "to train for fewer: --minutes N")
+    loss = f"{bpb:.3f} {run.unit}" if run.unit else f"loss {nats:.3f}"
+    run.bar.desc = f"step {run.step} | {loss} | {speed:,.0f} bytes/s"
+    run.bar.update(min(run.progress, 1.0) - run.bar.n)
 
 
 def introduce(run):
@@ -650,9 +683,9 @@ def introduce(run):
           f"d_model {config.d_model}: {total:,} parameters")
     for group, named in parameter_groups(run.model).items():
         count = sum(p.numel() for p in named.values())
-        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}
+        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}  # no numbers
         print(f"  {group:12}{count:>12,}  rate x {SHARE[group]}  {' '.join(sorted(ends))}")
-    dtype = str(run.dtype).removeprefix("torch.")
+    dtype = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else dtype
     print(f"runs on     {run.device}, {numbers}, {torch.get_num_threads()} threads, "
           f"processes: {run.world}; its folder is {run.folder}", flush=True)
@@ -674,7 +707,6 @@ def report(run, figures):
 
 def finish(run):
     """The last validation, its figures, and the next thing to do."""
-    run.bar.close()
     report(run, run.validate())
     use = "--draft" if run.model.config.merges else "--ckpt"
     fill = ' --fill "what is ____ in the middle"' if run.model.config.block else ""
@@ -684,65 +716,61 @@ def finish(run):
     print(f"saved       {run.folder}/best.pt; try: python {then}")
 
 
-def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None, script="train.py"):
+def catch_signals(run, stack):
+    """run.on_signal handles SIGINT, SIGTERM and SIGHUP until the stack ends. Only the main thread may handle them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            stack.callback(signal.signal, number, signal.signal(number, run.on_signal))
+
+
+def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
     """Train model in the folder c.out until the budget is spent, and validate: the exit status.
 
-    where comes from join_processes, extra from a resumed checkpoint, or it is empty; script is what the user runs. The
-    inner try ends training by a signal; the outer gives back handlers, log and lock whatever happens.
-    loss_of(model, tokens, targets) is trained instead of the prediction loss, which validation measures all the same.
+    where comes from join_processes, extra from a resumed checkpoint, or it is empty. loss_of(model, tokens, targets) is
+    trained instead of the prediction loss, which validation measures all the same.
     """
     world = where[1]
     require(c.batch_size % (world * c.accumulate) == 0, f"--batch_size {c.batch_size} is not "
             f"divisible by {world} processes * --accumulate {c.accumulate}")
-    run = Run(c, where, model, corpus, objective, loss_of, script)
-    draw_batch(c, run.tokens.train, objective, 0)  # an error now if a window does not fit
+    run = Run(c, where, model, corpus, objective, loss_of)
+    draw_batch(c, run.encoded.train, objective, 0)  # an error now if a window does not fit
     if extra:
         run.restore(extra)
-    if run.rank:
-        torch.manual_seed(c.seed + run.rank + run.step)  # dropout differs from process to process
-    else:
-        run.lock = claim(run.folder)
-        require(stamps(run.folder) == extra.get("stamps", {}), "another process has just trained "
-                f"in --out {run.folder}; choose another")
-        introduce(run)
-        run.log = open_log(run.folder, run.logged)
-    model = torch.compile(model) if c.compile else model
-    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
-                   dynamic_ncols=True, bar_format=BAR)
-    signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle them
-        signals = set()
-    before = {s: signal.signal(s, run.on_signal) for s in signals
-              if signal.getsignal(s) != signal.SIG_IGN}  # nohup
-    try:
+    with ExitStack() as stack:  # gives back lock, log and handlers, whatever happens
+        if run.rank == 0:
+            claim(run.folder, stack)
+            require(stamps(run.folder) == extra.get("stamps", {}), "another process has just "
+                    f"trained in --out {run.folder}; choose another")
+            introduce(run)
+            run.log = stack.enter_context(open_log(run.folder, run.logged))
+        model = torch.compile(model) if c.compile else model
+        model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
+                       dynamic_ncols=True, bar_format=BAR)
+        catch_signals(run, stack)
         try:
             with run.bar:
                 train(run, model)
-                if world > 1:  # the rest is process 0's; the others need not wait
-                    dist.barrier()
-                    del model  # its threads use the group
-                    dist.destroy_process_group()
-                if run.rank == 0 and not run.stopped:
-                    finish(run)
-        except (KeyboardInterrupt, OSError) as e:
-            if type(e) not in (KeyboardInterrupt, BrokenPipeError) and not run.caught:
+            if world > 1:  # the rest is process 0's; the others need not wait
+                dist.barrier()
+                del model  # its threads use the group
+                dist.destroy_process_group()
+            if run.rank == 0 and not run.stopped:
+                finish(run)
+        except (KeyboardInterrupt, OSError) as e:  # all come between two steps, so that a save is whole
+            # a validation that ended, nobody who reads the output, a terminal that went with SIGHUP
+            if not isinstance(e, (KeyboardInterrupt, BrokenPipeError)) and not run.caught:
                 raise
-            run.stopped = run.caught or signal.SIGINT  # a validation is repeated, a terminal gone
+            run.stopped = run.caught or signal.SIGINT
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
-            try:
+            with suppress(OSError):
                 print(f"stopped at step {run.step}, saved {run.folder}/last.pt; "
-                      f"go on: python {script} --out {run.folder} --resume", flush=True)
-            except OSError:  # the terminal is gone
-                sys.stdout = None  # or Python would flush it at exit, and fail again
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if run.log:
-            run.log.close()
-        if run.lock is not None:
-            os.close(run.lock)
+                      f"go on: python {c.script} --out {run.folder} --resume", flush=True)
+            forget_broken_output()
     return 128 + run.stopped if run.stopped else 0
 
 
@@ -836,9 +864,7 @@ def eval_only(c, given):
     ignored = given.keys() & {"init", "compile"}
     require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
     model, extra = load(c.out)
-    saved = extra.get("flags", {}).items()  # distill.py has others
-    c = Flags(**{name: value for name, value in saved if name in vars(c)} | given | {"out": c.out})
-    check_fields(c, "--")
+    c = with_saved(c, given, extra)  # distill.py has others
     check_model(c.out, model.config, c, given)
     corpus, objective = load_data(c)
     run = Run(c, (0, 1, pick_device(c.device)), model, corpus, objective)
@@ -855,16 +881,13 @@ def main(argv):
     c, given = parse(Flags, argv, "Train a byte language model; by default Mamba-2 on Python code.")
     if c.eval_only:
         return eval_only(c, given)
-    c, resumed = open_run(c, given, "train.py")
+    c, model, extra = open_run(c, given)
     corpus, objective = load_data(c)
     torch.manual_seed(c.seed)
-    extra = {}
-    if resumed:
-        model, extra = resumed
-    elif c.init:
+    if c.init and not extra:
         model, _ = load(c.init)
         check_model(c.init, model.config, c, given)
-    else:
+    elif not extra:
         model = make_model(make_config(c, learn_merges(corpus.train, c.bpe) if c.bpe else ()))
     return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, objective)
 

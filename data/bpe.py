@@ -51,13 +51,19 @@ def learn_merges(data, count):
     return merges
 
 
-def check_merges(merges):
-    """UserError unless merges are pairs of words that exist by then, and make no word longer than a piece can be."""
+def check_merges(merges, vocab):
+    """The merges as tuples. UserError unless vocab is the bytes and the merges, and those are pairs of words that exist
+    by then, and make no word longer than a piece can be."""
+    words = 256 + len(merges)
+    require(vocab == words or not merges, f"vocab {vocab} is not {words}, the bytes and the merges")
     lengths = [1] * 256
     for pair in merges:
-        known = len(pair) == 2 and all(type(i) is int and 0 <= i < len(lengths) for i in pair)
-        require(known and sum(lengths[i] for i in pair) <= 25, f"{pair} is no merge of two words")
+        known = (type(pair) in (tuple, list) and len(pair) == 2
+                 and all(type(i) is int and 0 <= i < len(lengths) for i in pair))
+        require(known and sum(lengths[i] for i in pair) <= 25,
+                f"merges: {pair!r:.80} is no pair of words")
         lengths.append(lengths[pair[0]] + lengths[pair[1]])
+    return tuple(map(tuple, merges))
 
 
 def merge(words, pair, word):

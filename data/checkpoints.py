@@ -293,13 +293,9 @@ def write(path, layout, c, tensors):
     save = write_safetensors if table.file.endswith(".safetensors") else torch.save
     if save is write_safetensors and c["tie"]:  # no two names for the same memory there
         del tensors["lm_head.weight"]
-    try:
-        with whole_file(Path(path, table.file)) as file:
-            save(tensors, file)
-        if table.file:
-            config = write_settings(c | derived(c), table.settings[kind])
-            with whole_file(Path(path, "config.json")) as file:
-                file.write(json.dumps(config, indent=1).encode() + b"\n")
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; "
-                        "a file there before is untouched") from e
+    with whole_file(Path(path, table.file)) as file:
+        save(tensors, file)
+    if table.file:
+        config = write_settings(c | derived(c), table.settings[kind])
+        with whole_file(Path(path, "config.json")) as file:
+            file.write(json.dumps(config, indent=1).encode() + b"\n")

@@ -1,7 +1,7 @@
-"""The error that is shown as one line, dataclasses that know their bounds, and files that appear whole or not at all."""
+"""The error that is shown as one line, dataclasses that know their bounds, files that appear whole or not at all."""
 import os
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -17,14 +17,14 @@ def require(holds, message):
 
 
 def bounded(default, low=0, high=2**62, one_of=None, **more):
-    """A field of a dataclass for check_fields: low and high, both included, bound a number, one_of lists the values of a
-    word. What more there is to say stands in its metadata too."""
+    """A field of a dataclass for check_fields: low and high, both included, bound a number, one_of lists the values of
+    a word. What more there is to say stands in its metadata too."""
     return field(default=default, metadata={"low": low, "high": high, "one_of": one_of, **more})
 
 
 def check_fields(c, prefix=""):
-    """UserError unless every field of the dataclass c is of its type (no bool for an int; an int will do for a float) and
-    within its bounds, which no nan is. A number without bounds must not be negative."""
+    """UserError unless every field of the dataclass c is of its type (no bool for an int; an int will do for a float)
+    and within its bounds, which no nan is. A number without bounds must not be negative."""
     for f in fields(c):
         value = getattr(c, f.name)
         name = f"{prefix}{f.name}"
@@ -47,18 +47,24 @@ def require_one_of(name, value, known):
 
 @contextmanager
 def whole_file(target: Path):
-    """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error.
+    """Yields a file to write, which takes the name `target` once it is complete and vanishes on any error; UserError if
+    it cannot be written.
 
     Temporary names are unique: two processes that build one file do not meet, and the last to rename wins.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # a power cut could keep the new name and lose the bytes
         os.replace(temporary, target)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as e:  # Ctrl-C too
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(e, (OSError, RuntimeError)):  # torch reports a full disk as the latter
+            raise
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"cannot write {target}: {reason}; "
+                        "a file there before is untouched") from e

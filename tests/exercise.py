@@ -55,7 +55,7 @@ EXERCISES = {
                              PARALLEL, ("scan", "_scan_parallel")),
     "_chunks_then_carries": Exercise("scan", "test_scan", 35, "a state enters linearly: sqrt(l)",
                                      CHUNKED, ("scan",)),
-    "_Scan.backward": Exercise("scan", "test_scan", 30, "the gradient of a scan is a scan",
+    "_ChunkedScan.backward": Exercise("scan", "test_scan", 30, "the gradient of a scan is a scan",
                                CHUNKED[:2]),
     "_selective_naive": Exercise("scan", "test_scan", 20, "selection: the definition of Mamba", (
         "test_three_steps_by_hand[naive",

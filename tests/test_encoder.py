@@ -298,7 +298,7 @@ def test_impossible_encoders_are_one_line_errors():
     for sizes, part in ((dict(block="gate"), "gated, stacked"), (dict(layers=("mamba",)), "s4d, attention"),
                         (dict(layers=("s4d+mlp",)), "s4d+mlp"), (dict(layers=("attention",), n_head=5), "n_head 5")):
         with pytest.raises(UserError, match=part.replace("+", r"\+")) as error:
-            Config(**{**dict(layers=("s4d",), block="gated", d_model=12), **sizes})
+            make_model(Config(**{**dict(layers=("s4d",), block="gated", d_model=12), **sizes}))
         assert "\n" not in str(error.value)
 
 

@@ -104,7 +104,7 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main([]) == 0
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [row.split()[0] for row in rows] == [*EXERCISES]
-    assert main(["_Scan.backward"]) == 0
+    assert main(["_ChunkedScan.backward"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")
     assert "from scan import _chunks_then_carries, _once\n" in out and "conj(a_{t+1}) g_{t+1}" in out

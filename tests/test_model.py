@@ -257,7 +257,7 @@ def test_no_other_number_of_positions_can_be_kept_than_there_are(upto):
 def test_a_setting_that_cannot_be_is_one_line_with_its_name(changes):
     """Heads that do not divide into the groups too: 2 * 16 channels are 4 heads."""
     with pytest.raises(UserError) as error:
-        Config(**{"d_model": 16, "head_dim": 8, **changes})
+        LM(Config(**{"d_model": 16, "head_dim": 8, **changes}))
     name = {"layers": "layer", "merges": "merges"}.get(*changes, *changes)
     assert "\n" not in str(error.value) and name in str(error.value)
 
@@ -446,14 +446,14 @@ def test_impossible_sizes_are_one_line_errors():
                             "d_model 100 is not a multiple of 32, .*; try 96 or 128"),
                            (dict(d_model=0), "d_model 0 is not from 1"), (dict(d_state=-1), "d_state -1"),
                            (dict(norm="rsm"), 'norm rsm is not one of rms, layer'),
-                           (dict(n_group=3, head_dim=128), "4 heads do not divide into n_group 3")):
+                           (dict(n_group=3, head_dim=128), "d_model 256 is not a multiple of 192, .*; try 192 or 384")):
         with pytest.raises(UserError, match=message) as error:
-            Config(**flags)
+            LM(Config(**flags))
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="try 96 or 108"):
-        Config(("attention",), d_model=100, n_head=6)  # 96 and 108 are even multiples, as rotary positions need
+        LM(Config(("attention",), d_model=100, n_head=6))  # 96 and 108 are even multiples, as rotary positions need
     for d_model in (96, 112):
-        Config(("mamba2",), d_model=d_model, head_dim=32)  # what was advised
+        LM(Config(("mamba2",), d_model=d_model, head_dim=32))  # what was advised
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3", "s4", "s4d"])

@@ -47,9 +47,9 @@ def one_round(rule, p, text, guesses, q):
     """{what a round adds: probability}, by the shipped rule, for guesses drawn from the rows of q."""
     size = len(p(text))
     texts = [(*text, *guesses[:i]) for i in range(len(guesses) + 1)]
-    onehot = rows(*([int(b == guess) for b in range(size)] for guess in guesses), [0] * size)
-    chance, instead = rule(rows(*map(p, texts)), rows(*q, [0] * size), onehot)
-    assert chance[-1] == 0  # the row after the last guess accepts nothing
+    onehot = rows(*([int(b == guess) for b in range(size)] for guess in guesses))
+    chance, instead = rule(rows(*map(p, texts[:-1])), rows(*q), onehot)
+    chance, instead = [*chance, 0], [*instead, p(texts[-1])]  # nothing is guessed behind the last
     added, passed = {}, Fraction(1)
     for i in range(len(texts)):
         for token in range(size):
@@ -147,10 +147,8 @@ def test_drawing_from_another_distribution_than_the_one_tested_is_caught():
 def test_a_perfect_drafter_is_always_believed():
     """q = p: accepted for sure, and what rounding leaves of (p - q)+ is no distribution to draw from."""
     p = torch.softmax(torch.randn(4, 7, dtype=F64, generator=torch.Generator().manual_seed(0)), -1)
-    onehot = torch.cat([torch.eye(7, dtype=F64)[:3], torch.zeros(1, 7, dtype=F64)])
-    q = torch.cat([p[:3], torch.zeros(1, 7, dtype=F64)])
-    chance, instead = exact(p, q, onehot)
-    assert chance.tolist() == [1, 1, 1, 0]
+    chance, instead = exact(p, p, torch.eye(7, dtype=F64)[:4])
+    assert chance.tolist() == [1, 1, 1, 1]
     torch.testing.assert_close(instead, p, rtol=1e-14, atol=0)
 
 
