@@ -564,9 +564,9 @@ def step_errors(l):
         steps = []
         h = None
         with torch.no_grad():
-            y, _ = mixer.scan(x, None, 0)
+            y, _ = mixer.system(x, None, 0)
             for x_t in x.split(1, dim=1):
-                y_t, h = mixer.scan(x_t, h, None)
+                y_t, h = mixer.system(x_t, h, None)
                 steps.append(y_t)
         error = (y - torch.cat(steps, dim=1)).abs().max().item()
         largest = y.abs().max().item()

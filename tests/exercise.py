@@ -203,7 +203,7 @@ def main(argv):
         print(text_of(name), end="")
         return 0
     for name, e in EXERCISES.items():
-        print(f"{name:21}{e.module + '.py':11}{e.minutes:3} min  {e.learns}")
+        print(f"{name:23}{e.module + '.py':11}{e.minutes:3} min  {e.learns}")
     print("\npython -m tests.exercise NAME > my.py      then write the body, and    "
           "pytest --mine=my.py")
     return 0

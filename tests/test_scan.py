@@ -214,6 +214,18 @@ def test_all_selective_scans_agree_for_every_length(impl, l, with_h0):
 
 
 @pytest.mark.parametrize("impl", SELECTIVE_SCANS)
+def test_one_wide_input_makes_the_state_wide(impl):
+    """A state in float64 and the rest in float32: y in x's dtype, h in float64, as if all had been float64."""
+    *narrow, h0 = inputs(7)
+    narrow = [t.float() for t in narrow]
+    y, h = selective_scan(*narrow, h0, impl)
+    want_y, want_h = selective_scan(*(t.double() for t in narrow), h0, "naive")
+    assert y.dtype == torch.float32 and h.dtype == F64
+    close(h, want_h, name="h")
+    close(y, want_y.float(), 1e-6, name="y")
+
+
+@pytest.mark.parametrize("impl", SELECTIVE_SCANS)
 def test_selective_scan_passes_gradcheck(impl):
     """Against finite differences, which know nothing of our derivation."""
     tensors = [t.requires_grad_() for t in inputs(5)]

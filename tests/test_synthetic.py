@@ -83,11 +83,11 @@ def test_a_time_invariant_layer_adds_what_it_sees_wherever_it_was(layer):
     torch.manual_seed(0)
     mixer = LM(Config((layer,), d_model=5, d_state=6)).double().layers[0].mixer
     x, zero = torch.randn(1, 20, 5, dtype=torch.float64), torch.zeros(1, 20, 5, dtype=torch.float64)
-    y = mixer.scan(x, None, 0)[0]
-    alone = sum(mixer.scan(torch.cat([zero[:, :t], x[:, t:t + 1], zero[:, t + 1:]], dim=1), None, 0)[0]
+    y = mixer.system(x, None, 0)[0]
+    alone = sum(mixer.system(torch.cat([zero[:, :t], x[:, t:t + 1], zero[:, t + 1:]], dim=1), None, 0)[0]
                 for t in range(20))
     torch.testing.assert_close(y, alone, rtol=1e-10, atol=1e-10)
-    late = mixer.scan(torch.cat([zero[:, :7], x[:, :13]], dim=1), None, 0)[0]
+    late = mixer.system(torch.cat([zero[:, :7], x[:, :13]], dim=1), None, 0)[0]
     torch.testing.assert_close(late[:, 7:], y[:, :13], rtol=1e-10, atol=1e-10)
 
 

@@ -605,6 +605,16 @@ def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
         train.claim(tmp_path / "run", stack)  # a run that has ended holds nothing
 
 
+def test_a_run_that_fails_before_its_first_step_gives_all_back(corpus, tmp_path, capsys, monkeypatch):
+    """The folder and the handlers: a notebook goes on."""
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "introduce", lambda run: (_ for _ in ()).throw(OSError("no screen")))
+        refused(capsys, argv(corpus, tmp_path / "run"), "no screen")
+    go(corpus, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == before and sys.stdout is not None
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_saves_the_run(corpus, tmp_path, monkeypatch):
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
