@@ -18,7 +18,7 @@ mixers see both sides of every position and have no state. A model's state is a 
 
     Mamba-3         in_proj -+- x ------------------------> ssd_scan + * -> out_proj
                              +- B, C -> norm, + bias, turn ----^     |
-                             +- theta -----------------^       |     |
+                             +- theta, dt -------------^       |     |
                              +- dt, A, w ----------------------+     |
                              +- z -------------------------- silu ---+
 
@@ -62,7 +62,7 @@ class Config:
     dropout: float = bounded(0.0, high=0.99)  # on layers' outputs; encoder: on the embeddings
 
     d_state: int = bounded(16, low=1)  # n, of all mixers but attention
-    expand: int = bounded(2, low=1)    # Mambas: channels d = expand * d_model; encoder: width of its gates
+    expand: int = bounded(2, low=1)    # Mambas: channels d = expand * d_model; encoder: m, see there
     d_conv: int = bounded(4, low=1)    # k, taps of the causal convolution of Mamba and Mamba-2
     bias: bool = False                 # Mamba, Mamba-2: of the projections; no released model has one
     conv_bias: bool = True
@@ -269,7 +269,7 @@ def spin(u, v, angle):
 
 
 def rotate(x, position, base, scaling=()):
-    """Rotary positions (Su et al. 2021), Llama's layout: channels i and i + size/2 turn by position * base^(-2i/size),
+    """Rotary positions (Su et al. 2021), Llama's layout: channels m and m + size/2 turn by position * base^(-2m/size),
     so that q_i . k_j depends on i - j only.
 
     x (b, l, heads, size), its first position given; angles are float32 or wider. scaling is Llama 3.1's, (factor, low,
@@ -462,10 +462,10 @@ class Mamba3(nn.Module):
     Three things are new. Both ends of a step count, with weights w and 1 - w (1/2 is discretize's trapezoid), so there
     is no convolution. A comes from the input, as dt does. And B_t and C_t are normed, biased, and turned, R(phi_t), in
     pairs of numbers by phi_t = phi_{t-1} + theta_t dt_t. So R(phi_i) C_i . R(phi_j) B_j = C_i . R(phi_j - phi_i) B_j
-    depends on the turn since j, as if the state itself turned by theta dt in each step: complex decays, as S4 has, in
-    real numbers. (Attention's rotary positions are the same turn by a fixed angle per step.) For example, in a string
-    of bits a turn by pi at every 1 flips the sign, and so the sign of a pair holds the parity. dt, A, w are one number
-    per head; theta has n/4 numbers for all heads: half of n turns, the rest stays.
+    depends on the turn since j, as if the state itself turned back by theta dt in each step: complex decays, as S4 has,
+    in real numbers. (Attention's rotary positions turn by a fixed angle per step.) For example, in a string of bits a
+    turn by pi at every 1 flips the sign, and so the sign of a pair holds the parity. dt, A, w are one number per head;
+    theta has n/4 numbers for all heads: half of n turns, the rest stays.
     """
 
     def __init__(self, c):
@@ -494,7 +494,8 @@ class Mamba3(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # -1 - A, or -1/(1 - A) if A < 0
+        # as published: -1 - A, or -1/(1 - A) if A < 0
+        A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
                               state, upto)
@@ -541,7 +542,7 @@ class Mamba3(nn.Module):
 
 
 def complex_of(pairs):
-    """Parameters (..., 2) as complex numbers, complex64 or wider: there are no narrower ones."""
+    """Parameters (..., 2) as complex numbers, complex64 or wider."""
     return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)))
 
 
@@ -607,7 +608,7 @@ class S4(S4D):
 
 
 MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3,
-          "attention": Attention}  # what Config.layers may name
+          "attention": Attention}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,7 +623,8 @@ MIXERS = {"s4": S4, "s4d": S4D, "mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamb
 #
 # At an even m = expand * d_model, with n_kv_head = n_head, all four have 4 d_model^2 + 3 d_model m weights per layer,
 # not counting biases and the SSMs' few numbers. The names du, duc, dv, dol, do, fs4, bs4 are the released checkpoint's
-# (d is for dense). The SSM needs section 3 of scan.py. In these classes h is no state but norm(x), as in the paper.
+# (d is for dense). SharedS4D needs section 3 of scan.py and S4D above; without them take its K as a learned kernel. In
+# these classes h is no state but norm(x), as in the paper.
 
 
 class SharedS4D(nn.Module):

@@ -142,9 +142,9 @@ def _skip(y, x, D):
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Discretization: from h'(t) = A h(t) + B x(t) to h_t = Abar h_{t-1} + Bbar x_t
 #
-# Bytes have no time between them, so why a differential equation? It gives decays exp(dt A) below 1 for every step size
-# dt > 0, and dt says how much one byte counts. A step leads from h_{t-1} to h_t in the time dt, and x_t acts in it. All
-# rules agree as dt -> 0, and differ in what they take for h' on the way:
+# Bytes have no time between them, so why a differential equation? With A < 0 it gives decays exp(dt A) below 1 for
+# every step size dt > 0, and dt says how much one byte counts. A step leads from h_{t-1} to h_t in the time dt, and x_t
+# acts in it. All rules agree as dt -> 0, and differ in what they take for x or h' on the way:
 #     zoh        x = x_t all the time (zero-order hold). Then h(s) = exp(s A) h_{t-1} + (exp(s A) - 1)/A B x_t solves
 #                the equation: differentiate it. h_t is h(dt).
 #     euler      h' = A h_{t-1} + B x_t all the time, so h_t = h_{t-1} + dt h'
@@ -163,15 +163,16 @@ def discretize(dt, A, B, rule="mamba"):
 
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
     mamba's times (exp(z) - 1)/z, z = dt A: a factor from 1.00 down to 0.50 at Mamba's initialization (A from -1 to -16,
-    dt from 0.001 to 0.1; median 0.97). The choice is an empirical one.
+    dt from 0.001 to 0.1; median 0.97).
 
     A may be 0: zoh's Bbar is dt B there, and its derivative by A is dt^2 B / 2. For |z| < 1e-2 we take the series
     (exp(z) - 1)/z = 1 + z/2 + z^2/6 + .. + z^5/720, since the quotient's derivative loses its digits there. torch.where
     differentiates both its branches, so the one that is not taken has to be finite too.
 
-    trapezoid is the mean of what x writes at a step's two ends, the earlier end decayed by Abar. (What numerics calls
-    the trapezoidal rule, for h too, is bilinear.) It is second order in dt where x is smooth; a rule that sees one end
-    is first order. Mamba-3 (2603.15569) learns the weights of the two ends.
+    The equation's solution is h_t = Abar h_{t-1} + the integral of exp((dt - s) A) B x(s) over s from 0 to dt. mamba
+    takes the integrand at the later end, s = dt. trapezoid takes the mean of both ends, and so is second order in dt
+    where x is smooth, not first. (What numerics calls the trapezoidal rule, for h too, is bilinear.) Mamba-3
+    (2603.15569) learns the weights of the two ends.
     """
     z = dt * A
     if rule == "mamba":
@@ -244,8 +245,7 @@ def _scan_parallel(a, b, h0):
 
 
 def _associative(a, b):
-    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (batch, l, ...) of one shape -> h. The pairs
-    halve at each level, so it takes about 2 l combinations in 2 log2 l rounds."""
+    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (batch, l, ...) of one shape -> h."""
     l = b.shape[1]
     if l == 1:
         return b
@@ -588,7 +588,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
-    first upto steps: by default all, and fewer cost a second scan. y always covers all steps. dt is positive already;
+    first upto steps, by default all; 1 to l - 1 cost a second scan. y always covers all steps. dt is positive already;
     softplus is the caller's. y has x's dtype; h is float32, or float64 if any input is. Gradients reach every input,
     also through h; naive and parallel have higher derivatives too, and work under torch.func. impl: naive, parallel,
     chunked, triton (section 6), or auto: naive for one step, else triton where it runs on a CUDA GPU, else chunked.
@@ -599,7 +599,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     end = _steps(upto, l)
     dtype = _wide_dtype(x, dt, A, B, C, D, h0)
     if dtype.is_complex:
-        raise ValueError(f"selective_scan takes real floats here, not {dtype}")
+        raise ValueError(f"selective_scan takes real floats, not {dtype}")
     h0 = x.new_zeros(b, d, n, dtype=dtype) if h0 is None else h0.to(dtype)
     auto_triton = impl == "auto" and x.is_cuda and l > 1 and not _why_no_triton(x, n)
     if impl == "triton" or auto_triton:
@@ -757,8 +757,8 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     x (b, l, nh, p), dt (b, l, nh) > 0, A (nh,) <= 0, B, C (b, l, g, n): head i reads group i // (nh // g),
     D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h (b, nh, p, n), float32 or float64, after
     the first upto steps, by default all. Gradients reach every input, also through h. impl: naive, quadratic, chunked,
-    or auto, which is chunked (naive for one step). An input that is not finite spoils what comes after, and, since 0
-    times NaN is NaN, in chunked also what comes before in its chunk of 32 steps, in quadratic everything.
+    or auto, which is chunked (naive for one step). A NaN in x, dt or B spoils what comes after, and, since 0 times
+    NaN is NaN, in chunked also what comes before in its chunk of 32 steps, in quadratic everything.
     """
     _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"), D=(D, "nh"))
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
@@ -787,7 +787,7 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
 
 
 def _ssd_naive(u, log_a, B, C, h0, end):
-    """The definition, one step at a time: u = dt x (b, l, nh, p), log_a = dt A (b, l, nh)."""
+    """The definition, one step at a time."""
     B = per_head(B, u.shape[2], 2)
     C = per_head(C, u.shape[2], 2)
     ys = []

@@ -7,9 +7,8 @@ positions, v tokens of the vocabulary.
     main -> open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
                                                    -> finish -> Run.validate -> measure -> evaluate, once or twice
 
-Figures are in bits per byte, nats / ln 2, unless they name another unit: the
-loss at step 0 is in nats, --objective mask counts bits per masked byte, diffusion bounds bits per byte, a task has bits
-per target.
+Figures are in bits per byte, nats / ln 2 (and per byte of a word), unless they name another unit: the loss at step 0 is
+in nats, --objective mask counts bits per masked byte, diffusion bounds bits per byte, a task has bits per target.
 """
 import argparse
 import ctypes
@@ -41,7 +40,7 @@ except ImportError:  # on Windows, where nothing claims a folder
     fcntl = None
 
 from data.bpe import in_words, learn_merges
-from data.corpus import Corpus, compressed_bpb, load_corpus, windows
+from data.corpus import KNOWN, Corpus, compressed_bpb, load_corpus, windows
 from data.files import UserError, bounded, check_fields, require, require_one_of
 from data.synthetic import NO_TARGET, TASKS
 from model import BLOCKS, ENCODER_MIXERS, MASK, MIXERS, Config, load, make_model, save
@@ -65,9 +64,9 @@ def parse(cls, argv, description):
     for f in fields(cls):
         default = f" (default: {f.default})" if f.default != "" else ""
         text = (f.metadata["help"] + default).replace("%", "%%")
-        kind = {"type": f.type, "metavar": f.type.__name__}
         switch = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + f.name, help=text, **(switch if f.type is bool else kind))
+        kind = switch if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument("--" + f.name, help=text, **kind)
     given = vars(parser.parse_args(argv))
     c = cls(**given)
     check_fields(c, "--")
@@ -92,7 +91,9 @@ def script(main):
         if sys.stderr is None:  # closed (2>&-); print(file=None) would write to standard output
             sys.stderr = open(os.devnull, "w")
         try:
-            return main(argv)
+            status = main(argv)
+            print(end="", flush=True)  # fails here rather than at exit
+            return status
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
@@ -137,6 +138,9 @@ class RunFlags:
     weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit")
 
+    def __post_init__(self):
+        check_fields(self, "--")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Where it runs
@@ -147,6 +151,8 @@ def pick_device(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # of torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -177,14 +183,14 @@ def keep_memory():
 
 
 def join_processes(device):
-    """(rank, number of processes, device): one process, or those that torchrun started, each with its own GPU."""
-    if "RANK" not in os.environ:
+    """(rank, number of processes, device): one process, or those that torchrun started."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     patient = timedelta(days=1)  # with process 0, which validates alone
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
+    dist.barrier()  # all have looked into --out before process 0 writes there
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -233,10 +239,10 @@ def masked_diffusion(before, targets, seed, first):
     """k of l bytes from the others, k uniform in 1 .. l: the mean loss bounds that of all bytes in a row.
 
         -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
-    Proof: write a text in a random order. While k bytes are masked, each of them is the next with chance 1/k, so the
-    expected -log p of the next is (1/k) sum_{i masked}. Added up for k = l .. 1 that is the expected -log p(x | order),
-    which by Jensen is at least -log of the expected p(x | order). With t = k/l it is the diffusion bound, an integral
-    over t weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks.
+    Proof: write a text in a random order; p(x) is the mean of p(x | order) over all orders. While k bytes are masked,
+    each of them is the next with chance 1/k, so the expected -log p of the next is (1/k) sum_{i masked}. Added up for
+    k = l .. 1 that is the expected -log p(x | order), which by Jensen is at least -log p(x). With t = k/l it is the diffusion
+    bound, an integral over t weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks.
     """
     b, l = targets.shape
     golden = (math.sqrt(5) - 1) / 2
@@ -325,6 +331,7 @@ def validation_pieces(data, seq_len, batch_size):
     size = seq_len * batch_size
     whole = len(data) // seq_len * seq_len
     before = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
+    # 17 bytes, windows of 3, 2 in a piece: cut at 6, 12, 15; an empty rest is left out
     pieces = np.split(np.stack([before, data]), [*range(size, whole, size), whole], axis=1)
     return [p.reshape(2, -1, min(seq_len, p.shape[1])) for p in pieces if p.size]
 
@@ -342,7 +349,7 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
     device = next(model.parameters()).device
     nats = right = first = count = 0
     state = None
-    if objective.task:  # windows from a seed that no run has: the largest --seed is 2**62
+    if objective.task:  # windows from a seed that no run uses: the largest --seed is 2**62
         scored = np.stack(objective.task(seq_len, TASK_WINDOWS, 2**63, 0))
         pieces = np.split(scored, range(batch_size, TASK_WINDOWS, batch_size), axis=1)
     else:
@@ -403,15 +410,15 @@ FILES = ("last.pt", "best.pt", "log.jsonl")
 def stamps(folder):
     """{name: when it was written} of the files of a run in the folder. open_run looks, and fit again when it has
     claimed the folder: another run may have begun and ended there while this one read its data."""
-    return {name: (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).exists()}
+    paths = [folder / name for name in FILES]  # an empty log is that of a run that made no step
+    return {path.name: path.stat().st_mtime_ns for path in paths
+            if path.exists() and path.stat().st_size}
 
 
 def with_saved(c, given, extra):
     """The flags c with those that a checkpoint's run had, but for those given and those that no longer exist."""
     saved = {name: value for name, value in extra.get("flags", {}).items() if name in vars(c)}
-    c = type(c)(**{**saved, **given, "out": c.out})
-    check_fields(c, "--")
-    return c
+    return type(c)(**{**saved, **given, "out": c.out})
 
 
 def open_run(c, given):
@@ -420,7 +427,8 @@ def open_run(c, given):
     folder = Path(c.out)
     require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
     real = Path(os.path.realpath(folder))
-    inside = os.path.isdir(c.data) and real.is_relative_to(os.path.realpath(c.data))
+    inside = (os.path.isdir(c.data) and c.data not in KNOWN
+              and real.is_relative_to(os.path.realpath(c.data)))
     require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     files = stamps(folder)
     can_resume = "last.pt" in files
@@ -434,7 +442,6 @@ def open_run(c, given):
     extra["stamps"] = files
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}  # --steps takes the place of the run's --minutes
-    print(f"resuming {folder} at step {extra['step']}")
     before = vars(with_saved(c, {}, extra))
     fixed = {f.name for f in fields(c) if f.metadata["fixed"]}
     for name, value in given.items():
@@ -442,6 +449,8 @@ def open_run(c, given):
             require(name not in fixed, f"--{name} {value}: the run in {folder} has "
                     f"{before[name]!r}; leave the flag out or choose another --out")
             print(f"with        --{name} {value} (was {before[name]})")
+            if name in ("val_bytes", "seq_len"):  # figures do not compare with those before
+                extra["best_bpb"] = math.inf
     return with_saved(c, given, extra), model, extra
 
 
@@ -489,7 +498,7 @@ def measure(run):
     c = run.c
     val = run.encoded.val
     bytes_per_token = run.encoded.bytes_per_token
-    batch_size = max(c.batch_size, VALIDATION_TOKENS // c.seq_len)
+    batch_size = max(1, VALIDATION_TOKENS // c.seq_len)
     bits, accuracy = evaluate(run.model, val, c.seq_len, batch_size, run.cast,
                               objective=run.objective)
     carried = None
@@ -510,9 +519,8 @@ class Run:
         self.encoded = in_words(self.corpus, model.config.merges)  # as the model reads it
         # what a resumed run has to find again
         ends = bytes(corpus.train[:4096]) + bytes(corpus.train[-4096:])
-        self.data = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
-        if objective.task:
-            self.data = corpus.name
+        checksum = f"{len(corpus.train)} bytes, checksum {zlib.crc32(ends):x}"
+        self.data = corpus.name if objective.task else checksum
         self.objective = objective
         self.loss_of = loss_of or prediction_loss
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
@@ -534,20 +542,15 @@ class Run:
     # fit saves last.pt. A validation by a single process ends at once, by a KeyboardInterrupt: it can be repeated.
 
     def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM is noted; a second exits."""
+        """The first Ctrl-C or SIGTERM is noted, and ends a validation that can be repeated; a second exits."""
         now = time.monotonic()
-        if self.caught and now - self.caught_at > 1:  # sooner it may be one wish sent twice
-            sys.exit(128 + number)
         if not self.caught:
-            self.caught = number
             self.caught_at = now
-        self.end_validation()
-
-    def end_validation(self):
-        """KeyboardInterrupt if a signal came and a validation may end for it."""
-        if self.caught and self.interruptible:
-            self.interruptible = False  # not once more, while it is saved
-            raise KeyboardInterrupt
+            self.caught = number
+            if self.interruptible:
+                raise KeyboardInterrupt
+        elif now - self.caught_at > 1:  # sooner it may be one wish sent twice
+            sys.exit(128 + number)
 
     def agree(self, nats, seconds):
         """The mean of all processes' nats, and process 0's clock and signal: they have to stop at the same step."""
@@ -562,8 +565,8 @@ class Run:
     @property
     def progress(self):
         """From 0 to 1, by the clock or by the steps."""
-        minutes = self.c.minutes
-        return self.seconds / (60 * minutes) if minutes else self.step / self.c.steps
+        c = self.c
+        return self.seconds / (60 * c.minutes) if c.minutes else self.step / c.steps
 
     @property
     def lr(self):
@@ -579,12 +582,14 @@ class Run:
             fits = all(state[name].shape == p.shape for p, state in self.optimizer.state.items()
                        for name in ("exp_avg", "exp_avg_sq"))
             require(fits, "its optimizer is that of another model")
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as e:
             raise UserError(f"{self.folder}/last.pt cannot be resumed: {e}") from e
         require(kept["data"] == self.data, f"--data {self.c.data} has {self.data}, but this run "
                 f"has read {kept['data']}; give it that data, or choose another --out")
         vars(self).update(kept)
         self.saved_at = self.seconds
+        print(f"resuming {self.folder} at step {self.step}")
 
     def save(self, name):
         """Model, optimizer, flags and counts, as last.pt or best.pt. Never weights that are not finite: the file that
@@ -597,7 +602,8 @@ class Run:
 
     def stop_unless(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
-        require(fine, f"the {found} at step {self.step}, learning rate {self.lr:.2e}: lower --lr, "
+        rate = self.optimizer.param_groups[0]["lr"]  # of the last update
+        require(fine, f"the {found} at step {self.step}, learning rate {rate:.2e}: lower --lr, "
                 f"with --resume if {self.folder} has a last.pt, else in another --out")
 
     def record(self, **figures):
@@ -608,10 +614,10 @@ class Run:
         self.logged = self.log.tell()
 
     def validate(self):
-        """Validate and, if all is well, save. (A step's loss is that of the weights before it: only here a last update
-        that blew up is noticed.)"""
+        """Validate and, if all is well, save."""
         self.interruptible = self.world == 1  # of several, others would wait
-        self.end_validation()  # for a signal that came since the last step, as in a save
+        if self.caught and self.interruptible:  # since the last step, as in a save
+            raise KeyboardInterrupt
         figures = measure(self)
         self.interruptible = False
         bpb = figures["val_bpb"]
@@ -758,13 +764,16 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
                 dist.barrier()
                 del model  # its threads use the group
                 dist.destroy_process_group()
+                run.world = 1  # alone from here
             if run.rank == 0 and not run.stopped:
                 finish(run)
-        except (KeyboardInterrupt, OSError) as e:  # all come between two steps, so that a save is whole
-            # a validation that ended, nobody who reads the output, a terminal that went with SIGHUP
-            if not isinstance(e, (KeyboardInterrupt, BrokenPipeError)) and not run.caught:
-                raise
+        # these come between two steps, so that a save is whole
+        except (KeyboardInterrupt, BrokenPipeError):  # a validation that ended; nobody reads the output
             run.stopped = run.caught or signal.SIGINT
+        except OSError:  # a terminal that went with SIGHUP
+            if not run.caught:
+                raise
+            run.stopped = run.caught
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
             with suppress(OSError):
@@ -802,6 +811,7 @@ class Flags(RunFlags):
 
     def __post_init__(self):
         """The defaults that depend on other flags, and the rules between flags."""
+        super().__post_init__()
         encoder = self.objective != "next"
         require(encoder or not self.block, f"--block {self.block} is for an encoder; "
                 "add --objective mask or --objective diffusion")
@@ -861,8 +871,7 @@ def check_model(path, config, c, given):
 
 def eval_only(c, given):
     """Validate --out, a run or a published checkpoint, by its own flags but for those given."""
-    ignored = given.keys() & {"init", "compile"}
-    require(not ignored, f"--{' and --'.join(ignored)}: not with --eval_only; leave out")
+    require(not c.init and not c.compile, "--init and --compile: not with --eval_only; leave out")
     model, extra = load(c.out)
     c = with_saved(c, given, extra)  # distill.py has others
     check_model(c.out, model.config, c, given)

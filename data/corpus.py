@@ -158,6 +158,9 @@ DOWNLOADS = {
 }
 
 
+KNOWN = ("python", *DOWNLOADS)  # names for --data that no path hides
+
+
 def download(name, part):
     """Downloads to part, from where an earlier try stopped. UserError: where to put the file by hand."""
     item = DOWNLOADS[name]
@@ -240,7 +243,7 @@ def load_corpus(name, cache=CACHE):
     except OSError as problem:
         raise UserError(f"--data {name}: {problem}") from problem
     raise UserError(f"--data {name}: no such file or folder, and the known names are "
-                    f"{', '.join(['python', *DOWNLOADS])}")
+                    f"{', '.join(KNOWN)}")
 
 
 def load_tokens(name, vocab):

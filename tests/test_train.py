@@ -24,6 +24,7 @@ import torch.nn as nn
 import distill
 import sample
 import train
+from data.files import UserError
 from model import ENCODER_MIXERS, LM, MIXERS, Config, load
 from train import Flags, evaluate, learning_rate, make_optimizer, parameter_groups, prediction_loss
 
@@ -605,6 +606,35 @@ def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
         train.claim(tmp_path / "run", stack)  # a run that has ended holds nothing
 
 
+def test_a_folder_where_no_step_was_made_is_free(corpus, tmp_path, capsys, monkeypatch):
+    """After "out of memory; lower the batch" the same --out will do."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda run, model: (_ for _ in ()).throw(MemoryError()))
+        refused(capsys, argv(corpus, tmp_path / "run"), "lower the batch")
+    assert len(go(corpus, tmp_path / "run")) == 5
+
+
+def test_other_validation_begins_the_search_for_the_best_anew(corpus, tmp_path):
+    go(corpus, tmp_path / "run", "--val_bytes", 30)
+    path = tmp_path / "run" / "last.pt"
+    model, extra = load(path)
+    train.save(path, model, **{**extra, "best_bpb": 0.0})  # as if those bytes had been easy
+    for flags, step in ((["--steps", 6], 4), (["--steps", 8, "--val_bytes", 0], 8)):
+        assert train.main(["--out", str(tmp_path / "run"), "--resume", *map(str, flags)]) == 0
+        assert load(tmp_path / "run" / "best.pt")[1]["step"] == step
+
+
+def test_a_folder_of_the_name_of_a_corpus_is_not_that_corpus(corpus, tmp_path, monkeypatch):
+    """--data python is the standard library, whatever lies in ./python."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").mkdir()
+    c = Flags(data="python", out="python/run")
+    assert train.open_run(c, {}) == (c, None, {})
+    refused_flags = Flags(data="./python", out="python/run")
+    with pytest.raises(UserError, match="lies in --data"):
+        train.open_run(refused_flags, {})
+
+
 def test_a_run_that_fails_before_its_first_step_gives_all_back(corpus, tmp_path, capsys, monkeypatch):
     """The folder and the handlers: a notebook goes on."""
     before = signal.getsignal(signal.SIGINT)
@@ -675,8 +705,11 @@ def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
 def test_others_wait_for_a_validation_of_process_0(monkeypatch):
     """As long as it takes: the usual half hour would end the run, and nothing would be saved."""
     given = {}
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # some clusters set it always
+    assert train.join_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
     monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
     assert train.join_processes(torch.device("cpu")) == (0, 2, torch.device("cpu"))
