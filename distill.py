@@ -27,6 +27,7 @@ Mamba-2's, -16 .. -1: with A = 0 nothing would be forgotten and order be lost; s
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -46,7 +47,7 @@ class Flags(RunFlags):
     out: str = flag("out/student", "folder of the run")
     teacher: str = flag("out/attention", "a checkpoint with attention, also a Llama", fixed=True)
     student: str = flag("", "an earlier stage's, to go on with; if empty, the teacher", fixed=True)
-    keep_attention: float = flag(0.25, "share of the layers that stay attention, evenly spread",
+    keep_attention: float = flag(0.25, "the share of all layers, evenly spread, where attention may stay",
                                  high=1, fixed=True)
     mixers: str = flag("attention", "new mixers from attention or random; scratch: all weights new",
                        one_of=("attention", "random", "scratch"), fixed=True)
@@ -55,7 +56,7 @@ class Flags(RunFlags):
     kl: float = flag(1.0, "weight of KL(teacher || student)")
     reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
     ce: float = flag(0.0, "weight of the cross entropy of the training text")
-    pseudo: str = flag("", "train on this file, written by the teacher (sample.py --raw)")
+    pseudo: str = flag("", "train on this file, written by the teacher (sample.py --raw, or as .npy)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ class Flags(RunFlags):
 
 
 def keeps_attention(i, share):
-    """Whether layer i stays attention: (i + 1) * share reaches a whole number, as the paper interleaves.
+    """Whether layer i stays attention: from i * share to (i + 1) * share a whole number is reached, as in the paper.
 
         of 8 layers stay   1/8  . . . . . . . 7        3/4  . 1 2 3 . 5 6 7
                            1/4  . . . 3 . . . 7        7/8  . 1 2 3 4 5 6 7
@@ -78,13 +79,13 @@ def student_config(c, share, mixers):
     already keeps its sizes, since a Config has one for all layers; if they are not the map's, nothing can be copied."""
     size = c.d_model // c.n_head
     shape = {"expand": 1, "d_state": size, "head_dim": size, "n_group": c.n_head}
+    layers = tuple(name if keeps_attention(i, share) else name.replace("attention", "mamba2")
+                   for i, name in enumerate(c.layers))
     if c.kinds != {"attention"}:
         same = all(getattr(c, name) == value for name, value in shape.items())
-        require(same or mixers != "attention", "there are state-space layers of other sizes "
-                f"than {shape}; add --mixers random")
+        require(same or mixers != "attention" or layers == c.layers, "there are state-space "
+                f"layers of other sizes than {shape}; add --mixers random")
         shape = {}
-    layers = [name if keeps_attention(i, share) else name.replace("attention", "mamba2")
-              for i, name in enumerate(c.layers)]
     return dataclasses.replace(c, layers=layers, **shape)
 
 
@@ -111,8 +112,9 @@ def copy_attention(mixer, attention):
     mixer.out_proj.weight.copy_(attention.out_proj.weight)
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[..., -1] = 1
-    if mixer.conv1d.bias is not None:
-        mixer.conv1d.bias.zero_()
+    for part in (mixer.in_proj, mixer.conv1d, mixer.out_proj):
+        if part.bias is not None:
+            part.bias.zero_()
     mixer.D.zero_()
     mixer.dt_bias.fill_(inverse_softplus(torch.tensor(0.1)))
 
@@ -150,7 +152,8 @@ def make_student(source, share, mixers):
 # align    new mixers   each learns its attention layer's output from the teacher's input to it (not in the paper)
 # mixers   new mixers   stage 1 of the released code: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
-# The bar shows the stage's loss; train_bpb in log.jsonl is that in bits, per byte. val_bpb is the student's own.
+# The bar shows the stage's loss; train_bpb in log.jsonl is that in bits, per byte, as if align's were nats too. val_bpb
+# is the student's own.
 
 
 def freeze(student, stage, new):
@@ -160,7 +163,7 @@ def freeze(student, stage, new):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses, in nats: means over positions
+# Losses, means over positions: match in nats, align_loss a ratio
 
 
 def divergence(log_a, log_b):
@@ -227,6 +230,8 @@ GLANCE = 100_000  # tokens to validate teacher and student on before the first s
 
 def load_lm(name, path, device, dtype):
     """The LM that the flag --name gives."""
+    require(Path(path).exists(), f"--{name} {path}: no such checkpoint; a teacher is trained by "
+            "python train.py --layer attention --out out/attention")
     model, _ = load(path, device)
     kind = type(model).__name__
     require(kind == "LM", f"--{name} {path} holds a {kind}, not a causal LM")
@@ -261,7 +266,8 @@ def show(c, teacher, student, corpus):
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     print(f"student     attention stays in layers {kept}; --stage {c.stage} trains {trained:,} "
           f"of {sum(p.numel() for p in student.parameters()):,} parameters")
-    glance = in_words(corpus, teacher.config.merges).val[:GLANCE]
+    few = corpus._replace(train=corpus.val[:1])  # in_words would encode all of it
+    glance = in_words(few, teacher.config.merges).val[:GLANCE]
     bits = [evaluate(m, glance, c.seq_len, c.batch_size)[0] for m in (teacher, student)]
     unit = "byte" if teacher.config.vocab == 256 else "token"
     print(f"beginning   teacher {bits[0]:.4f}, student {bits[1]:.4f} bits per {unit} "

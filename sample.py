@@ -112,7 +112,7 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
     """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; with rounds = 0 each
     round fills one.
 
-    A round draws a token for every hole as if it were the only one, and keeps a share of them. At random places, one
+    A round draws a token for every hole from what is visible before it, and keeps a share of them. At random places, one
     per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those
     where the model is surest, in the spirit of MaskGIT (Chang et al. 2022). Tokens that are kept in one round know
     nothing of each other: more rounds are slower and better.
@@ -172,14 +172,14 @@ def exact(p, q, onehot):
     min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, where ( )+ is the positive part, since
     p = min(p, q) + (p - q)+ sums to 1; the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+.
     Together that is p. A guess that nobody drew is one drawn from q = onehot: it passes with its p, and instead is p
-    without it. Where q = p nothing is refused, but a rounded chance may be just below 1: instead is p there.
+    without it. Where p <= q, to rounding, (p - q)+ is 0, yet the chance may be just below 1: instead is p there.
 
     Arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes.
     """
     chance = ((p * onehot).sum(-1) / (q * onehot).sum(-1)).clip(max=1)
     rest = (p - q).clip(min=0)
-    rest = rest + p * (rest.sum(-1)[..., None] == 0)
-    return chance, rest / rest.sum(-1)[..., None]
+    rest = rest + p * (rest.sum(-1, keepdims=True) == 0)
+    return chance, rest / rest.sum(-1, keepdims=True)
 
 
 @torch.inference_mode()
@@ -201,7 +201,7 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
         guesses = []
         q = None
         useful = min(k, target - len(text) - 1)  # the last token needs no guess
-        if useful > 0:
+        if useful:
             guesses, q = drafter.draft(text, useful, distribution, generator)
         n = len(guesses)
         unread = len(text) - seen
@@ -275,7 +275,8 @@ class SubwordDrafter(Drafter):
 
     The text may end inside a word, and its words may not be those that were guessed. So the state goes back to where a
     piece began: a run of letters, of signs or of white space (data/bpe.py). No merge crosses a piece's ends, so what
-    comes later does not change the words before it. The text from there on is encoded anew, all of its words but the
+    comes later does not change the words before it. (A state that has read a refused guess is kept under the new length or
+    more, where no piece begins.) The text from there on is encoded anew, all of its words but the
     last are read, and the next word is drawn among those that begin with the last. Exactness asks only that each byte
     was drawn from its row of q, given all that was drawn before it, the ends of words too; reveal gives that row. For
     example, with the words ab, abc, abcd and all bytes:
@@ -317,7 +318,7 @@ class SubwordDrafter(Drafter):
             drawn = self.bpe.order[first + place]
             word = self.bpe.words[drawn]
             # (bytes that the word adds, 256); in double, since it subtracts cumulative sums
-            revealed = self.bpe.reveal(of_words[0].double().cpu().numpy(), word, len(prefix), first)
+            revealed = self.bpe.reveal(of_words[0].cpu().double().numpy(), word, len(prefix), first)
             q.append(torch.from_numpy(revealed))
             guesses += word[len(prefix):]
             prefix = b""
@@ -375,12 +376,14 @@ class Flags:
                       "the text) or counts (draws from n-grams of --ckpt's corpus)")
     k: int = flag(8, "guesses per round, in words if the drafter reads words", low=1)
     stats: bool = flag(False, "what --draft brought, beside plain writing, on stderr")
-    compile: bool = flag(False, "torch.compile: slow to start, then two to three times as fast")
+    compile: bool = flag(False, "torch.compile: slow to start, then two to five times as fast")
 
 
 def check(c):
     """The rules between flags."""
     require(not c.fill or not c.prompt, "--fill and --prompt exclude each other; leave one out")
+    require(not c.fill or not c.crlf, "--crlf is for --prompt; leave it out")
+    require(c.draft or not c.stats, "--stats is for --draft; leave it out")
     require(sys.stdout and (sys.stdin or c.prompt != "-"), "standard input or output is closed; "
             "open it, or give --prompt TEXT")
     require(not c.draft or not (c.fill or c.compile or c.batch > 1), "--draft speculates on one "

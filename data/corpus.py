@@ -254,6 +254,7 @@ def load_tokens(name, vocab):
     raw = np.uint16 if vocab <= 1 << 16 else np.uint32
     try:
         require(os.path.isfile(name), "no such file")  # open would wait for a pipe
+        require(name.endswith((".npy", ".bin")), "neither .npy nor .bin")
         data = np.load(name, "r") if name.endswith(".npy") else np.memmap(name, raw, "r")
         require(data.ndim == 1 and data.dtype in (np.uint16, np.uint32) and len(data) > 1,
                 f"{data.dtype} of shape {data.shape}")

@@ -22,17 +22,19 @@ class Bytes:
     mask = 256
 
     def __init__(self, crlf=False):
-        self.line_end = b"\r\n" if crlf else b"\n"
+        self.crlf = crlf
 
     def encode(self, prompt):
         """An empty prompt is a newline, because a model must read something before it writes."""
         prompt = prompt or b"\n"
-        return list(prompt.replace(b"\n", self.line_end))
+        if self.crlf:
+            prompt = prompt.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        return list(prompt)
 
     def decode(self, tokens):
         """With crlf every CR is dropped, because a CR and its LF may come in two calls."""
         text = bytes(tokens)
-        return text if self.line_end == b"\n" else text.replace(b"\r", b"")
+        return text.replace(b"\r", b"") if self.crlf else text
 
     def holes(self, text, count):
         """Every underscore is a hole of one byte; a text without any gets count of them at its end."""
