@@ -68,8 +68,10 @@ def test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_sof
 
 
 def test_new_parts_begin_out_of_the_way():
-    """Unlike in the paper: the convolution is the identity, D = 0, dt = 0.1, so that what was copied speaks first."""
-    mixer = make_student(transformer(), 0, "attention").layers[1].mixer
+    """Unlike in the paper: the convolution is the identity, D = 0, dt = 0.1, biases 0, as near to neutral as can be."""
+    mixer = make_student(transformer(bias=True), 0, "attention").layers[1].mixer
+    for part in (mixer.in_proj, mixer.out_proj):
+        close(part.bias, torch.zeros_like(part.bias), name="bias")
     identity = torch.tensor([0.0, 0, 0, 1], dtype=F64).expand_as(mixer.conv1d.weight)
     close(mixer.conv1d.weight, identity, name="conv1d.weight")
     close(mixer.conv1d.bias, torch.zeros_like(mixer.conv1d.bias), name="conv1d.bias")
@@ -431,10 +433,11 @@ def test_token_files(llama, tokens, tmp_path, capsys):
     np.save(tmp_path / "float.npy", np.zeros(9))
     np.save(tmp_path / "high.npy", np.array([1, 331, 2], np.uint16))
     (tmp_path / "text.npy").write_text("To be, or not to be")
+    (tmp_path / "text.txt").write_bytes(bytes(20))  # each two bytes a known id, but a text is none
     (tmp_path / "empty.bin").write_bytes(b"")
     if hasattr(os, "mkfifo"):  # on Windows it is one more name that does not exist
         os.mkfifo(tmp_path / "pipe.bin")
-    for name, part in {"float.npy": "float64", "high.npy": "331", "text.npy": "text.npy", "empty.bin": "empty.bin", "pipe.bin": "no such file",
+    for name, part in {"float.npy": "float64", "text.txt": "neither .npy nor .bin", "high.npy": "331", "text.npy": "text.npy", "empty.bin": "empty.bin", "pipe.bin": "no such file",
                        "none.bin": "none.bin"}.items():
         refused(capsys, argv(llama, tmp_path / name, tmp_path / "run"), f"--data {tmp_path / name}", part, main=distill.main)
     assert not (tmp_path / "run").exists()

@@ -288,6 +288,13 @@ def test_bad_flags_are_one_line(flags, runs, capsys):
     refused(capsys, ["--ckpt", runs / "mamba", *flags.split()], *parts)
 
 
+@pytest.mark.parametrize("flags, part", [
+    ("--fill a_ --prompt a", "exclude"), ("--fill a_ --crlf", "--crlf"), ("--stats", "--draft"),
+    ("--draft ngram --batch 2", "one text")])
+def test_flags_that_do_nothing_together_are_refused(flags, part, runs, capsys):
+    refused(capsys, ["--ckpt", runs / "mamba", *flags.split()], part)
+
+
 def test_bad_checkpoints_are_one_line(runs, capsys, tmp_path):
     out = tmp_path / "none"
     for path in (out, out / "best.pt"):

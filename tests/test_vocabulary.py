@@ -34,7 +34,7 @@ TRIE = Words([b"a", b"b", b"ab", b"ba", b"aab"])  # prefixes of each other, and 
 
 def test_crlf_is_inside_the_model_only():
     crlf, plain = Bytes(crlf=True), Bytes()
-    assert crlf.encode(b"a\nb") == list(b"a\r\nb") and crlf.encode(b"") == list(b"\r\n")
+    assert crlf.encode(b"a\nb") == crlf.encode(b"a\r\nb") == list(b"a\r\nb") and crlf.encode(b"") == list(b"\r\n")
     assert crlf.decode(list(b"a\r\nb")) == b"a\nb" and plain.decode(list(b"a\r\n")) == b"a\r\n"
 
 
