@@ -3,16 +3,16 @@
 A corpus is two arrays of bytes, one to train on and one to validate on, mapped from the disk:
 
     python                 the standard library of the Python that runs this; nothing to download
-    shakespeare, enwik8    downloaded once, resumed where it broke off, checked by SHA-256
+    shakespeare, enwik8    downloaded once, checked by SHA-256
     path/to/file           mapped where it lies
     path/to/folder         the text files below it, joined into one
 """
 import functools
 import hashlib
 import importlib
+import io
 import os
 import platform
-import shutil
 import sysconfig
 import tempfile
 import time
@@ -21,7 +21,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 from tqdm import tqdm
@@ -143,7 +143,7 @@ def load_folder(name):
 
 class Download(NamedTuple):
     url: str
-    forms: tuple        # names it may have in the cache: the corpus first, the download last
+    forms: tuple        # names it may have in the cache, the corpus first
     sha256: str         # of the corpus, unpacked
     val_end: int = 100  # validation is from 90 % of the bytes to here; the rest is for a test
 
@@ -161,60 +161,44 @@ DOWNLOADS = {
 KNOWN = ("python", *DOWNLOADS)  # names for --data that no path hides
 
 
-def download(name, part):
-    """Downloads to part, from where an earlier try stopped. UserError: where to put the file by hand."""
+def download(name, cache):
+    """The bytes behind the address of a known name. UserError: where to put the file by hand."""
     item = DOWNLOADS[name]
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
     try:
-        with open(part, "r+b") as file:
-            have = file.seek(0, os.SEEK_END)
-            request = Request(item.url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urlopen(request, timeout=30) as answer:
-                file.seek(have if answer.status == 206 else 0)  # 200: all of it
-                with tqdm.wrapattr(answer, "read", total=answer.length, desc=name) as body:
-                    shutil.copyfileobj(body, file)
-                if answer.length:
-                    raise ConnectionError(f"broke off {answer.length:,} bytes before the end")
-            file.truncate()
+        with urlopen(item.url, timeout=30) as answer:
+            with tqdm.wrapattr(answer, "read", total=answer.length, desc=name) as body:
+                data = b"".join(iter(lambda: body.read(1 << 16), b""))
+            if answer.length:
+                raise ConnectionError(f"broke off {answer.length:,} bytes before the end")
     except (OSError, HTTPException) as problem:
-        if getattr(problem, "code", None) == 416:  # part is as long as the file, or longer
-            return
-        places = " or ".join(str(part.with_name(form)) for form in item.forms)
-        raise UserError(f"--data {name}: no download from {item.url} ({problem}); run again to go "
-                        f"on with it, or put the file by hand at {places}") from problem
+        places = " or ".join(str(cache / form) for form in item.forms)
+        raise UserError(f"--data {name}: no download from {item.url} ({problem}); run again, or "
+                        f"put the file by hand at {places}") from problem
+    return data
 
 
-def unpack(source):
-    """The bytes of the first file inside a whole zip, or of any other file."""
+def unpack(data):
+    """The first file inside a whole zip, or any other bytes as they are."""
     try:
-        with zipfile.ZipFile(source) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.read(archive.namelist()[0])
     except Exception:  # whatever is wrong with a zip, its own bytes fail the check
-        return source.read_bytes()
+        return data
 
 
 def load_download(name, cache):
     """A corpus of DOWNLOADS: from the cache, from a zip put there, or from the network; always checked."""
     item = DOWNLOADS[name]
     target = cache / item.forms[0]
-    part = cache / f"{item.forms[-1]}.part"
-    source = next((cache / form for form in item.forms if (cache / form).exists()), part)
-    if source == part:
-        download(name, part)
-    try:
-        data = unpack(source)
-    except FileNotFoundError:  # another process was faster with the same part
-        source = target
-        data = unpack(source)
+    source = next((cache / form for form in item.forms if (cache / form).exists()), None)
+    data = unpack(source.read_bytes() if source else download(name, cache))
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 == item.sha256 and source != target:
+    require(sha256 == item.sha256,
+            f"--data {name}: {source or item.url} holds {len(data):,} bytes, SHA-256 {sha256}, "
+            f"expected SHA-256 {item.sha256}; replace that file, or run again without it")
+    if source != target:
         with whole_file(target) as file:
             file.write(data)
-    part.unlink(missing_ok=True)  # spoilt, it costs one try
-    require(sha256 == item.sha256,
-            f"--data {name}: {source} holds {len(data):,} bytes, SHA-256 {sha256}, expected "
-            f"SHA-256 {item.sha256}; replace that file, or run again without it")
     return load_file(name, target, "SHA-256 as published", item.val_end)
 
 
