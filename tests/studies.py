@@ -4,18 +4,25 @@
     robust      bits per byte under noise, and far beyond the training length, of two trained models
     distill     a transformer, its students, and the same students without it: bits per byte, speed, memory
     state       accuracy of six layers on four tasks, and of recall by number of pairs and state size
+    shakespeare nats per byte of tiny Shakespeare after 90 seconds, beside nanoGPT's laptop recipe where the environment
+                variable NANOGPT names its folder, with data/shakespeare_char prepared
 
 Models are runs in folders of their own below out/, which a second call does not train again: after Ctrl-C repeat the
 command. Results go to assets/study_NAME.json. Only distill measures speed, with bench.py's harness.
 """
 import dataclasses
+import importlib.util
 import json
 import math
 import multiprocessing
+import os
+import pickle
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -430,10 +437,73 @@ def study_state(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The command line
+# 6. Ninety seconds of tiny Shakespeare
+
+SHAKESPEARE = {
+    "mamba2": "--d_state 16 --seq_len 256",
+    "mamba": "--layer mamba --d_model 184 --d_state 8 --seq_len 256 --lr 6e-3",
+    "attention": "--layer attention --d_model 128 --n_layer 4 --seq_len 256 --lr 2e-3",
+    "attention, nanoGPT's sizes": "--layer attention --d_model 128 --n_layer 4 --seq_len 64 --batch_size 12 --lr 1e-3 "
+                                  "--warmup 100"}
+NANOGPT = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+           "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")  # its README, for a laptop
+
+
+class NanoGPT(nn.Module):
+    """A model that nanoGPT trained, with the interface of ours: bytes in, logits of bytes out."""
+
+    def __init__(self, folder):
+        super().__init__()
+        spec = importlib.util.spec_from_file_location("nanogpt", folder / "model.py")
+        program = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(program)
+        saved = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
+        self.gpt = program.GPT(program.GPTConfig(**saved["model_args"]))
+        self.gpt.load_state_dict(saved["model"])
+        meta = pickle.loads((folder / "data" / "shakespeare_char" / "meta.pkl").read_bytes())
+        self.bytes = torch.tensor([ord(char) for char in meta["itos"].values()])  # of its ids
+        self.ids = torch.zeros(256, dtype=torch.long)
+        self.ids[self.bytes] = torch.arange(len(self.bytes))
+
+    def forward(self, tokens, state=None, upto=None):
+        x = self.ids[tokens]
+        known = self.gpt(x, x)[0]  # given targets, whatever they are, it has logits of all positions
+        logits = known.new_full((*tokens.shape, 256), -torch.inf)
+        logits[..., self.bytes] = known
+        return logits, None
+
+
+def study_shakespeare(c):
+    """The whole validation split, the same last 10 % for all, in windows of 64 and, where they fit, of 256."""
+    root = Path("out/shakespeare_quick" if c.quick else "out/shakespeare")
+    val = load_corpus("shakespeare").val[:2000 if c.quick else None]
+    models = {}
+    for name, flags in SHAKESPEARE.items():
+        folder = root / name.split()[-1]
+        train_once(folder, f"--data shakespeare {flags} {'--steps 2' if c.quick else '--minutes 1.5'}")
+        model, extra = load(folder / "last.pt")
+        models[name] = (model, extra["step"], extra["seconds"], extra["flags"]["seq_len"])
+    if "NANOGPT" in os.environ:
+        folder = Path(os.environ["NANOGPT"]).resolve()
+        began = time.perf_counter()
+        command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT.split()]
+        subprocess.run(command + ["--max_iters=250"] * c.quick, cwd=folder, check=True)
+        models["nanoGPT"] = NanoGPT(folder), 250 if c.quick else 2000, time.perf_counter() - began, 64
+    rows = []
+    for name, (model, steps, seconds, longest) in models.items():
+        row = {"table": "shakespeare", "path": name, "steps": steps, "seconds": seconds,
+               "parameters": sum(p.numel() for p in model.parameters())}
+        for length in {64, longest}:
+            row[f"nats_{length}"] = evaluate(model, val, length, 2**13 // length)[0] * math.log(2)
+        rows += tell([row])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The command line
 
 STUDIES = {"selection": study_selection, "robust": study_robust, "distill": study_distill,
-           "state": study_state}
+           "state": study_state, "shakespeare": study_shakespeare}
 
 
 @script
