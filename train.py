@@ -24,7 +24,6 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import wraps
-from itertools import chain
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -134,10 +133,8 @@ class RunFlags:
     seq_len: int = flag(128, "bytes in a window (tokens, if those are words)", low=1, high=2**24)
     batch_size: int = flag(8, "windows in a step, over all processes", low=1, high=2**20)
     accumulate: int = flag(1, "cut a step into parts, one after the other, to save memory", low=1)
-    lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero", low=1e-12)
+    lr: float = flag(5e-3, "learning rate, which falls in a line from here to zero")
     warmup: int = flag(50, "first N steps, in which that rate is multiplied by 1/N, 2/N, .. 1")
-    muon: float = flag(0.0, "train the matrices of layers by Muon at this rate, all else by AdamW at "
-                       "--lr; 0: all by AdamW; --muon 5e-3 --lr 2e-2 learns most", fixed=True)
     weight_decay: float = flag(0.1, "on the weights of linear layers, on nothing else")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit")
 
@@ -309,29 +306,14 @@ def parameter_groups(model):
     return {group: named for group, named in groups.items() if named}
 
 
-def make_optimizers(model, lr, weight_decay, muon=0.0):
-    """[AdamW] on the groups, each with its share of the learning rate, or [AdamW, Muon] with a rate for Muon.
-
-    Muon (Jordan et al. 2024) takes the matrices that are decayed, but not the head's. It moves a matrix by its mean
-    gradient with all singular values made nearly equal, so that weak directions learn as fast as strong ones.
-    match_rms_adamw (2502.16982) makes such a step as large as AdamW's. torch does that in bfloat16, which is slow on
-    processors without it.
-    """
-    groups = parameter_groups(model)
-    matrices = []
-    if muon:
-        require(hasattr(torch.optim, "Muon"), "--muon needs torch 2.9 or later")
-        matrices = [name for name in groups["decayed"] if name != "lm_head.weight"]
-    by_muon = {"params": [groups["decayed"].pop(name) for name in matrices], "share": muon / lr}
-    by_adamw = [{"params": [*named.values()], "share": SHARE[group],
-                 "weight_decay": weight_decay if group == "decayed" else 0.0}
-                for group, named in groups.items()]
+def make_optimizer(model, lr, weight_decay):
+    """AdamW on the groups, each with its share of the learning rate."""
+    groups = []
+    for group, named in parameter_groups(model).items():
+        decay = weight_decay if group == "decayed" else 0.0
+        groups.append({"params": [*named.values()], "weight_decay": decay, "share": SHARE[group]})
     fused = next(model.parameters()).device.type != "mps"
-    optimizers = [torch.optim.AdamW(by_adamw, lr=lr, betas=(0.9, 0.98), fused=fused)]
-    if muon:
-        optimizers.append(torch.optim.Muon([by_muon], lr=muon, weight_decay=weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
 
 
 def learning_rate(c, step, progress):
@@ -398,11 +380,12 @@ def train(run, model):
     """The loop, until the budget is spent or a signal comes. model is run.model, or that one compiled, or for several
     processes."""
     c = run.c
+    optimizer = run.optimizer
     while run.progress < 1 and not run.stopped:
         run.validate_if_due()
         began = time.perf_counter()
         torch.manual_seed(c.seed + run.step * run.world + run.rank)  # dropout: a resumed run repeats it
-        for group in chain(*(optimizer.param_groups for optimizer in run.optimizers)):
+        for group in optimizer.param_groups:
             group["lr"] = run.lr * group["share"]
         loss = 0.0
         for tokens, targets in run.batches():  # the windows of the step; in parts with --accumulate
@@ -411,9 +394,8 @@ def train(run, model):
             part.backward()
             loss += part.detach()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        for optimizer in run.optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         nats = loss.item()  # waits for the device
         run.after_step(nats, time.perf_counter() - began)
 
@@ -544,7 +526,7 @@ class Run:
         self.unit = "" if loss_of else objective.unit  # of the loss that is trained
         dtype, self.cast = pick_dtype(c.dtype, self.device)
         self.model = model.to(self.device, dtype).train()
-        self.optimizers = make_optimizers(model, c.lr, c.weight_decay, c.muon)
+        self.optimizer = make_optimizer(model, c.lr, c.weight_decay)
         self.step = self.validated = 0  # validated: the step of the last validation
         self.read = 0  # tokens, so far
         self.logged = 0  # bytes of log.jsonl
@@ -592,15 +574,14 @@ class Run:
         return learning_rate(self.c, self.step, self.progress)
 
     def restore(self, extra):
-        """Go on where a checkpoint was saved, with the moments; rates and decay are those of this run's flags."""
+        """Go on where a checkpoint was saved, with AdamW's moments; rates and decay are those of this run's flags."""
         try:
             kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
-            for optimizer, saved in zip(self.optimizers, extra["optimizers"], strict=True):
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({**saved, "param_groups": groups})
-                fits = all(t.shape in (p.shape, ()) for p, state in optimizer.state.items()
-                           for t in state.values())  # or single numbers
-                require(fits, "its optimizer is that of another model")
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
+            fits = all(state[name].shape == p.shape for p, state in self.optimizer.state.items()
+                       for name in ("exp_avg", "exp_avg_sq"))
+            require(fits, "its optimizer is that of another model")
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as e:
             raise UserError(f"{self.folder}/last.pt cannot be resumed: {e}") from e
@@ -616,13 +597,12 @@ class Run:
         finite = all(p.isfinite().all() for p in self.model.parameters())
         self.stop_unless(finite, "weights are not finite")
         save(self.folder / name, self.model, script=self.c.script, flags=asdict(self.c),
-             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-             **{kept: getattr(self, kept) for kept in KEPT})
+             optimizer=self.optimizer.state_dict(), **{kept: getattr(self, kept) for kept in KEPT})
         self.saved_at = self.seconds
 
     def stop_unless(self, fine, found):
         """UserError that ends a run which has blown up, unless all is fine."""
-        rate = self.optimizers[0].param_groups[0]["lr"]  # of the last update
+        rate = self.optimizer.param_groups[0]["lr"]  # of the last update
         require(fine, f"the {found} at step {self.step}, learning rate {rate:.2e}: lower --lr, "
                 f"with --resume if {self.folder} has a last.pt, else in another --out")
 

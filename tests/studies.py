@@ -43,7 +43,7 @@ from sample import prefill
 from tests.bench import (Cell, compare, kinds_of_memory, our_config, run, tell, train_once,
                          write_after)
 from tests.noise import corrupt
-from train import evaluate, keep_memory, make_optimizers, prediction_loss, script
+from train import evaluate, keep_memory, make_optimizer, prediction_loss, script
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Selection
@@ -288,7 +288,7 @@ def make_distillation(path, share, b, l, d_model, n_layer, device):
     mixers = replaced(student, teacher)
     freeze(student, c.stage, mixers)
     loss_of = prediction_loss if path == "training" else make_loss(c, teacher, mixers)
-    optimizer, = make_optimizers(student, c.lr, c.weight_decay)
+    optimizer = make_optimizer(student, c.lr, c.weight_decay)
     tokens, targets = torch.randint(256, (2, b, l), device=device)
 
     def step():

@@ -26,7 +26,7 @@ import sample
 import train
 from data.files import UserError
 from model import ENCODER_MIXERS, LM, MIXERS, Config, load
-from train import Flags, evaluate, learning_rate, make_optimizers, parameter_groups, prediction_loss
+from train import Flags, evaluate, learning_rate, make_optimizer, parameter_groups, prediction_loss
 
 ROOT = Path(train.__file__).parent
 TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 16 --batch_size 4 --steps 4 --warmup 2 "
@@ -34,7 +34,6 @@ TINY = ("--d_model 16 --n_layer 1 --head_dim 8 --d_state 4 --n_head 2 --seq_len 
 KEYS = ["step", "bytes", "seconds", "train_bpb", "val_bpb", "val_bpb_carried", "val_accuracy", "lr", "bytes_per_second"]
 LAYERS = ["mamba", "mamba2", "s4", "s4d", "attention"]
 F64 = torch.float64
-muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 
 
 def argv(corpus, out, *flags):
@@ -114,7 +113,7 @@ def test_parameter_groups_partition_the_parameters_and_decay_linear_weights_only
             "s4d": ["log_dt", "log_A_real", "A_imag"]}.get(layer, [])
     assert list(groups.get("slow", [])) == [f"layers.{i}.mixer.{name}" for i in range(2) for name in slow]
     assert ("lm_head.weight" in groups["decayed"]) == (not tie)
-    optimizer, = make_optimizers(model, 0.1, 0.3)
+    optimizer = make_optimizer(model, 0.1, 0.3)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0, 0][:len(groups)]
     assert [len(g["params"]) for g in optimizer.param_groups] == [len(names) for names in groups.values()]
 
@@ -135,7 +134,7 @@ def test_parameters_of_s4_learn_at_a_tenth_of_the_learning_rate(corpus, tmp_path
     assert train.main(flags) == 0
     assert train.main([*flags, "--resume", "--steps", "6", "--weight_decay", "0.3"]) == 0
     assert re.search(r"slow +[\d,]+  rate x 0.1  mixer.A_imag .*mixer.log_dt", capsys.readouterr().out)
-    decayed, rest, slow = load(tmp_path / "run" / "last.pt")[1]["optimizers"][0]["param_groups"]
+    decayed, rest, slow = load(tmp_path / "run" / "last.pt")[1]["optimizer"]["param_groups"]
     assert decayed["lr"] == rest["lr"] == pytest.approx(10 * slow["lr"]) and slow["lr"] > 0
     assert [group["weight_decay"] for group in (decayed, rest, slow)] == [0.3, 0, 0]
 
@@ -144,36 +143,13 @@ def test_a_step_without_gradient_shrinks_linear_weights_and_nothing_else():
     torch.manual_seed(0)
     model = LM(Config(("mamba", "mamba2", "attention+mlp"), d_model=16, head_dim=8))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, = make_optimizers(model, 0.1, 0.5)
+    optimizer = make_optimizer(model, 0.1, 0.5)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head.weight"}
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in linear else 1))
-
-
-@muon
-@pytest.mark.parametrize("tie", [False, True])
-def test_muon_trains_the_matrices_of_layers_and_nothing_else(tie):
-    """A step of an orthogonal update has singular values near one size; its mean square is 0.2 lr squared, as AdamW's."""
-    torch.manual_seed(0)
-    model = LM(Config(("mamba", "attention+mlp"), d_model=16, tie=tie))
-    adamw, by_muon = make_optimizers(model, 0.1, 0.0, muon=0.05)
-    matrices = [p for group in by_muon.param_groups for p in group["params"]]
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in matrices} == {
-        "in_proj", "x_proj", "dt_proj", "out_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
-    others = [p for group in adamw.param_groups for p in group["params"]]
-    assert sorted(names[id(p)] for p in matrices + others) == sorted(names.values())
-    assert by_muon.param_groups[0]["share"] == pytest.approx(0.5)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    before = [p.detach().clone() for p in matrices]
-    by_muon.step()
-    for p, old in zip(matrices, before):
-        sizes = torch.linalg.svdvals((p.detach() - old).double())
-        assert sizes[-1] > 0.3 * sizes[0] and 0.1 < (p.detach() - old).square().mean().sqrt() / 0.05 < 0.3
 
 
 def test_learning_rate_warms_up_linearly_and_falls_in_a_line_to_zero():
@@ -402,7 +378,7 @@ def test_eval_only_prints_what_the_log_has_in_the_runs_own_dtype(corpus, tmp_pat
 @pytest.mark.parametrize("layer, number, extra", [
     ("mamba", signal.SIGINT, []), ("mamba2", signal.SIGTERM, ["--dropout", 0.1]),
     ("attention", signal.SIGINT, ["--dropout", 0.1, "--accumulate", 2]),
-    ("mamba2,attention", signal.SIGINT, ["--n_layer", 2]), pytest.param("mamba", signal.SIGINT, ["--muon", 0.01], marks=muon),
+    ("mamba2,attention", signal.SIGINT, ["--n_layer", 2]),
     ("mamba2", signal.SIGINT, ["--eval_every", 3]), ("mamba2", signal.SIGINT, ["--eval_every", 2])])
 def test_resume_is_exact(layer, number, extra, corpus, tmp_path, monkeypatch, capsys):
     """Stopped by a signal in the middle and resumed: losses, validations and weights of a run without a stop, bit for
@@ -707,7 +683,7 @@ def test_ctrl_c_outside_the_loop_is_one_line(name, corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("changes", [
-    {"step": "x"}, {"seconds": None}, {"read": [1]}, {"optimizers": 7}, {"optimizers": []},
+    {"step": "x"}, {"seconds": None}, {"read": [1]}, {"optimizer": 7},
     {"flags": {"lr": "fast"}}, {"flags": {"warmup": [3]}}, {"flags": {"data": None}}, {"flags": {"seq_len": -1}}])
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line(changes, corpus, tmp_path, capsys):
     go(corpus, tmp_path / "run")
@@ -721,7 +697,7 @@ def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
     """AdamW's fused step would read beyond its end."""
     go(corpus, tmp_path / "run")
     model, extra = load(tmp_path / "run" / "last.pt")
-    extra["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3)
+    extra["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
     train.save(tmp_path / "run" / "last.pt", model, **extra)
     refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 9], "its optimizer is that of another model")
 
