@@ -606,6 +606,26 @@ def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
         train.claim(tmp_path / "run", stack)  # a run that has ended holds nothing
 
 
+def test_a_signal_ends_the_last_validation_of_several_processes_too(corpus, tmp_path, monkeypatch):
+    """The others have left by then, and what starts them kills after half a minute."""
+    monkeypatch.setattr(train, "join_processes", lambda device: (0, 2, device))
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
+    for name in ("barrier", "destroy_process_group", "all_reduce"):
+        monkeypatch.setattr(train.dist, name, lambda *args: None)
+    monkeypatch.setattr(train, "measure", lambda run: signal.raise_signal(signal.SIGINT))
+    assert train.main(argv(corpus, tmp_path / "run")) == 130
+    assert load(tmp_path / "run" / "last.pt")[1]["step"] == 4
+
+
+def test_validation_holds_no_more_than_its_own_number_of_tokens(corpus, tmp_path, monkeypatch):
+    """Whatever --batch_size is: training may cut that into parts or share it among processes."""
+    sizes = []
+    monkeypatch.setattr(train, "evaluate", lambda model, data, seq_len, batch_size, *rest, **more: (
+        sizes.append(seq_len * batch_size) or evaluate(model, data, seq_len, batch_size, *rest, **more)))
+    go(corpus, tmp_path / "run", "--batch_size", 1024, "--accumulate", 256, "--steps", 1)
+    assert sizes == [train.VALIDATION_TOKENS, train.CARRIED_TOKENS]
+
+
 def test_a_folder_where_no_step_was_made_is_free(corpus, tmp_path, capsys, monkeypatch):
     """After "out of memory; lower the batch" the same --out will do."""
     with monkeypatch.context() as patch:
