@@ -47,8 +47,8 @@ class Flags(RunFlags):
     out: str = flag("out/student", "folder of the run")
     teacher: str = flag("out/attention", "a checkpoint with attention, also a Llama", fixed=True)
     student: str = flag("", "an earlier stage's, to go on with; if empty, the teacher", fixed=True)
-    keep_attention: float = flag(0.25, "the share of all layers, evenly spread, where attention may stay",
-                                 high=1, fixed=True)
+    keep_attention: float = flag(0.25, "the share of all layers, evenly spread, where attention "
+                                 "may stay", high=1, fixed=True)
     mixers: str = flag("attention", "new mixers from attention or random; scratch: all weights new",
                        one_of=("attention", "random", "scratch"), fixed=True)
     stage: str = flag("all", "align and mixers train the new mixers, all trains everything",
@@ -56,7 +56,7 @@ class Flags(RunFlags):
     kl: float = flag(1.0, "weight of KL(teacher || student)")
     reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
     ce: float = flag(0.0, "weight of the cross entropy of the training text")
-    pseudo: str = flag("", "train on this file, written by the teacher (sample.py --raw, or as .npy)")
+    pseudo: str = flag("", "train on this file, which the teacher wrote (sample.py --raw, or .npy)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

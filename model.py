@@ -37,8 +37,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.bpe import check_merges
-from data.checkpoints import FILES, FORMAT, find, misfits, read, read_file, write
+from data.checkpoints import misfits, read, write
 from data.files import UserError, bounded, check_fields, require, require_one_of, whole_file
+from data.tensors import FILES, FORMAT, find, read_file
 from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_init, s4d_kernel,
                   selective_scan, ssd, ssd_scan)
 
@@ -55,23 +56,23 @@ class Config:
     layers: tuple = ("mamba2",) * 4
     d_model: int = bounded(256, low=1)
     vocab: int = bounded(256, low=1)
-    merges: tuple = ()        # where tokens are words: the pairs of them that make new ones (data/bpe.py)
+    merges: tuple = ()        # where tokens are words: pairs of them make new ones (data/bpe.py)
     tie: bool = True          # the head shares the embedding's weight; an encoder's always does
     norm: str = bounded("rms", one_of=("rms", "layer"))  # weight only, or weight and bias
     norm_eps: float = bounded(1e-5, high=1)
     dropout: float = bounded(0.0, high=0.99)  # on layers' outputs; encoder: on the embeddings
 
     d_state: int = bounded(16, low=1)  # n, of all mixers but attention
-    expand: int = bounded(2, low=1)    # Mambas: channels d = expand * d_model; encoder: m, see there
+    expand: int = bounded(2, low=1)    # Mambas: channels d = expand * d_model; encoder: m there
     d_conv: int = bounded(4, low=1)    # k, taps of the causal convolution of Mamba and Mamba-2
-    bias: bool = False                 # Mamba, Mamba-2: of the projections; no released model has one
+    bias: bool = False                 # Mamba, Mamba-2: of projections; no released model has one
     conv_bias: bool = True
     head_dim: int = bounded(64, low=1)  # p, Mamba-2 and Mamba-3
     n_group: int = bounded(1, low=1)    # g, Mamba-2 and Mamba-3
-    impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # Mamba's selective_scan
+    impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # of Mamba's scan
 
     n_head: int = bounded(4, low=1)     # attention
-    n_kv_head: int = bounded(4, low=1)  # heads of k and v, each shared by n_head / n_kv_head queries
+    n_kv_head: int = bounded(4, low=1)  # heads of k and v, each for n_head / n_kv_head queries
     window: int = 0           # each position sees the last `window` positions; 0 = all
     rope_base: float = bounded(10000.0, low=1, high=1e30)
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see rotate
@@ -230,7 +231,8 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(c.d_model, sum(self.parts), bias=c.bias)
         self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)
         self.dt_bias = nn.Parameter(init_dt_bias(self.heads))
-        self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))  # A in -16 .. -1
+        # A in -16 .. -1
+        self.A_log = nn.Parameter(torch.log(torch.empty(self.heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(d, eps=c.norm_eps)  # holds the weight; forward norms each group
         self.out_proj = nn.Linear(d, c.d_model, bias=c.bias)
@@ -593,7 +595,8 @@ class S4(S4D):
     def __init__(self, c):
         super().__init__(c)
         half = c.d_state // 2
-        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)  # sorted: these have Im Lambda > 0
+        # sorted, so the second half has Im Lambda > 0
+        Lambda, P, B = (t[half:].to(torch.complex64).repeat(c.d_model, 1)
                         for t in dplr_legs(c.d_state)[:3])
         self.log_A_real = nn.Parameter((-Lambda.real).log())
         self.A_imag = nn.Parameter(Lambda.imag.clone())
@@ -804,6 +807,8 @@ def load(path, device="cpu"):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         layout, config, weights = read(path, content)
         content = {"layout": layout, "config": config, "model": weights}
+    if not isinstance(content.get("flags", {}), dict):  # a run's are; these are somebody else's
+        del content["flags"]
     try:
         with torch.device("meta"):
             model = make_model(Config(**content.pop("config")))

@@ -26,8 +26,8 @@ from data.vocabulary import show, vocabulary_of
 from model import MASK, load
 from train import flag, parse, pick_device, pick_dtype, script
 
-COUNTED = 2**24  # the last bytes of a corpus, which `--draft counts` reads: 500 MB while they are sorted
-PREFILL = 2048  # tokens of a prompt read at a time, to save memory; the result is that of reading all
+COUNTED = 2**24  # last bytes of a corpus that `--draft counts` reads: 500 MB while being sorted
+PREFILL = 2048  # tokens of a prompt read at a time, to save memory: as if all were read at once
 SHIPPED = Path(__file__).parent / "assets" / "mamba2.pt"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,8 @@ def compiled_step(model, token):
     error comes before the text."""
     print("compiling", file=sys.stderr)
     step = torch.compile(model)
-    token = token.clone(memory_format=torch.contiguous_format)  # as drawn tokens are; another stride compiles anew
+    # contiguous, as drawn tokens are: another stride would compile anew
+    token = token.clone(memory_format=torch.contiguous_format)
     try:
         step(token, model(token)[1])
     except Exception as e:  # torch has a class for every compiler that may be missing
@@ -112,10 +113,10 @@ def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likel
     """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; with rounds = 0 each
     round fills one.
 
-    A round draws a token for every hole from what is visible before it, and keeps a share of them. At random places, one
-    per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps those
-    where the model is surest, in the spirit of MaskGIT (Chang et al. 2022). Tokens that are kept in one round know
-    nothing of each other: more rounds are slower and better.
+    A round draws a token for every hole from what is visible before it, and keeps a share of them. At random places,
+    one per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps
+    those where the model is surest, in the spirit of MaskGIT (Chang et al. 2022). Tokens that are kept in one round
+    know nothing of each other: more rounds are slower and better.
     """
     left = int((tokens[0] == mask).sum())
     require(bool(((tokens == mask).sum(1) == left).all()), "rows to fill need equally many holes")
@@ -275,11 +276,11 @@ class SubwordDrafter(Drafter):
 
     The text may end inside a word, and its words may not be those that were guessed. So the state goes back to where a
     piece began: a run of letters, of signs or of white space (data/bpe.py). No merge crosses a piece's ends, so what
-    comes later does not change the words before it. (A state that has read a refused guess is kept under the new length or
-    more, where no piece begins.) The text from there on is encoded anew, all of its words but the
-    last are read, and the next word is drawn among those that begin with the last. Exactness asks only that each byte
-    was drawn from its row of q, given all that was drawn before it, the ends of words too; reveal gives that row. For
-    example, with the words ab, abc, abcd and all bytes:
+    comes later does not change the words before it. (A state that has read a refused guess is kept under the new length
+    or more, where no piece begins.) The text from there on is encoded anew, all of its words but the last are read, and
+    the next word is drawn among those that begin with the last. Exactness asks only that each byte was drawn from its
+    row of q, given all that was drawn before it, the ends of words too; reveal gives that row. For example, with the
+    words ab, abc, abcd and all bytes:
 
         text           a b c d x a b     one piece, so the state goes back to that after 0 bytes
         encoded        abcd x ab         abcd x is read: the state after 5 bytes, and the logits of the next word

@@ -223,7 +223,8 @@ def scan(a, b, h0=None, impl="auto"):
 def _scan_naive(a, b, h):
     """The definition."""
     hs = []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):  # a[:, t] would cost a gradient of a's full size per step
+    # a[:, t] would cost a gradient of a's full size per step
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
         h = a_t * h + b_t
         hs.append(h)
     return torch.stack(hs, dim=1)
@@ -606,7 +607,7 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
     else:
         path = _choose(impl, "naive" if l == 1 else "chunked", SELECTIVE_SCANS)
-        x_wide, *rest, D_wide, h0 = _widen(x, dt, A, B, C, D, h0)
+        x_wide, *rest, D_wide = (t if t is None else t.to(dtype) for t in (x, dt, A, B, C, D))
         with _no_autocast(x.device):
             y, h = path(x_wide, *rest, h0)
             y = _skip(y, x_wide, D_wide).to(x.dtype)
@@ -867,7 +868,7 @@ def _attend(u, log_a, B, C, h0):
 def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
     later = F.pad(log_a[..., 1:], (0, 1))  # of the next step, 0 after the last
-    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # log_a summed over the steps after j
+    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # the sum over the steps after j
     decayed = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
     from_u = (decayed @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
     return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)

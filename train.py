@@ -151,7 +151,7 @@ def pick_device(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # of torchrun: a GPU for each process
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -214,8 +214,8 @@ class Objective(NamedTuple):
 
 def choose(k, l, seed, first):
     """Booleans (b, l), k[i] of them True in row i, chosen at random; and the generator to go on with."""
-    rng = np.random.default_rng((seed, first, 1))  # with the 1 no seed is that of `windows`, (seed, epoch)
-    place = rng.random((len(k), l)).argsort(1).argsort(1)  # the rank of each position in a random order
+    rng = np.random.default_rng((seed, first, 1))  # the 1, since `windows` has (seed, epoch)
+    place = rng.random((len(k), l)).argsort(1).argsort(1)  # ranks in a random order
     return place < k[:, None], rng
 
 
@@ -241,12 +241,12 @@ def masked_diffusion(before, targets, seed, first):
         -log p(x) / l  <=  E_k (1/k) sum_{i masked} -log p(x_i | bytes not masked)
     Proof: write a text in a random order; p(x) is the mean of p(x | order) over all orders. While k bytes are masked,
     each of them is the next with chance 1/k, so the expected -log p of the next is (1/k) sum_{i masked}. Added up for
-    k = l .. 1 that is the expected -log p(x | order), which by Jensen is at least -log p(x). With t = k/l it is the diffusion
-    bound, an integral over t weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks.
+    k = l .. 1 that is the expected -log p(x | order), which by Jensen is at least -log p(x). With t = k/l it is the
+    diffusion bound, an integral over t weighted 1/t (Sahoo et al. 2024), without the variance of the number of masks.
     """
     b, l = targets.shape
     golden = (math.sqrt(5) - 1) / 2
-    fraction = golden * (first + np.arange(b)) % 1  # uniform, and evenly spread within any few windows
+    fraction = golden * (first + np.arange(b)) % 1  # uniform, evenly spread in any few windows
     chosen, _ = choose(1 + np.floor(l * fraction).astype(np.int64), l, seed, first)
     return np.where(chosen, MASK, targets), np.where(chosen, targets, NO_TARGET)
 
@@ -384,7 +384,7 @@ def train(run, model):
     while run.progress < 1 and not run.stopped:
         run.validate_if_due()
         began = time.perf_counter()
-        torch.manual_seed(c.seed + run.step * run.world + run.rank)  # dropout: a resumed run repeats it
+        torch.manual_seed(c.seed + run.step * run.world + run.rank)  # of dropout: resumed exactly
         for group in optimizer.param_groups:
             group["lr"] = run.lr * group["share"]
         loss = 0.0
@@ -442,6 +442,7 @@ def open_run(c, given):
     extra["stamps"] = files
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}  # --steps takes the place of the run's --minutes
+    print(f"resuming {folder} at step {extra.get('step')}")
     before = vars(with_saved(c, {}, extra))
     fixed = {f.name for f in fields(c) if f.metadata["fixed"]}
     for name, value in given.items():
@@ -483,7 +484,7 @@ def open_log(folder, logged):
 # 8. What stands around the loop: figures, what a run carries and keeps, the screen, signals
 
 VALIDATION_TOKENS = 8192  # in a call, about: S4 makes its kernel once per call
-CARRIED_TOKENS = 1024  # in a call: attention in a window would score longer pieces l x l for nothing
+CARRIED_TOKENS = 1024  # in a call: attention in a window would score longer ones l x l
 SAVE_SECONDS = 60  # a crash loses about this much training at most
 KEPT = {"step": int, "validated": int, "read": int, "seconds": float, "best_bpb": float,
         "logged": int, "data": str}  # of a Run, in its checkpoints
@@ -589,7 +590,6 @@ class Run:
                 f"has read {kept['data']}; give it that data, or choose another --out")
         vars(self).update(kept)
         self.saved_at = self.seconds
-        print(f"resuming {self.folder} at step {self.step}")
 
     def save(self, name):
         """Model, optimizer, flags and counts, as last.pt or best.pt. Never weights that are not finite: the file that
@@ -689,7 +689,8 @@ def introduce(run):
           f"d_model {config.d_model}: {total:,} parameters")
     for group, named in parameter_groups(run.model).items():
         count = sum(p.numel() for p in named.values())
-        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}  # no numbers
+        # the last two parts of a name, without a layer's number
+        ends = {".".join(filter(str.isidentifier, name.split(".")[-2:])) for name in named}
         print(f"  {group:12}{count:>12,}  rate x {SHARE[group]}  {' '.join(sorted(ends))}")
     dtype = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     numbers = "bfloat16" if isinstance(run.cast, torch.autocast) else dtype
@@ -768,7 +769,7 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
             if run.rank == 0 and not run.stopped:
                 finish(run)
         # these come between two steps, so that a save is whole
-        except (KeyboardInterrupt, BrokenPipeError):  # a validation that ended; nobody reads the output
+        except (KeyboardInterrupt, BrokenPipeError):  # a validation ended; nobody reads the output
             run.stopped = run.caught or signal.SIGINT
         except OSError:  # a terminal that went with SIGHUP
             if not run.caught:

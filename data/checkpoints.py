@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from data.files import UserError, require, whole_file
-from data.tensors import FILES, FORMAT, find, read_file, some, write_safetensors
+from data.tensors import FORMAT, read_file, some, write_safetensors
 
 UNUSED = "unused."  # the beginning of our name for a tensor that no model of ours has
 

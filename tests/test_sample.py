@@ -354,8 +354,9 @@ def test_the_state_of_a_prompt_can_be_trained_on():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_model_of_no_corpus_is_drafted_for_from_its_own_text(tmp_path, capsysbinary):
-    save(tmp_path / "best.pt", make("mamba2").float(), flags={"data": "induction"})
+@pytest.mark.parametrize("saved", [{"data": "induction"}, "another program's"])
+def test_a_model_of_no_corpus_is_drafted_for_from_its_own_text(saved, tmp_path, capsysbinary):
+    save(tmp_path / "best.pt", make("mamba2").float(), flags=saved)
     flags = ("--ckpt", tmp_path, "--bytes", 9, "--raw", "--temperature", 0)
     assert written(capsysbinary, *flags, "--draft", "ngram") == written(capsysbinary, *flags)
 
