@@ -40,7 +40,7 @@ from data.bpe import check_merges
 from data.checkpoints import misfits, read, write
 from data.files import UserError, bounded, check_fields, require, require_one_of, whole_file
 from data.tensors import FILES, FORMAT, find, read_file
-from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_init, s4d_kernel,
+from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_kernel,
                   selective_scan, ssd, ssd_scan)
 
 MASK = 256  # the token that stands for a masked byte
@@ -558,8 +558,8 @@ class S4D(nn.Module):
     y = s4d(x, dt, A, 1, C, D);   output glu(W_out gelu(y)): one half gates the other.   B is 1, since only C B matters.
     A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
     and C doubled, here and nowhere else. Re A = -exp(.) stays negative. A complex parameter is kept as pairs of real
-    numbers, (d, n/2, 2), or as two tensors, since .to(dtype) would drop an imaginary part. A small change of dt or A
-    changes the whole kernel, so these learn slowly.
+    numbers, (d, n/2, 2), or as two tensors, since .to(dtype) would drop an imaginary part. The modes begin as -1/2 + i pi
+    j (S4D-Lin). A small change of dt or A changes the whole kernel, so these learn slowly.
     """
     slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
 
@@ -567,11 +567,11 @@ class S4D(nn.Module):
         super().__init__()
         d = c.d_model
         require_multiple("d_state", c.d_state, 2, "the pairs of s4 and s4d")
-        A = s4d_init("lin", c.d_state)[0]
+        modes = c.d_state // 2
         self.log_dt = nn.Parameter(init_log_dt(d))
-        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(d, 1))  # (d, n/2)
-        self.A_imag = nn.Parameter(A.imag.float().repeat(d, 1))
-        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, len(A), dtype=torch.complex64)))
+        self.log_A_real = nn.Parameter(torch.full((d, modes), math.log(0.5)))
+        self.A_imag = nn.Parameter(math.pi * torch.arange(float(modes)).repeat(d, 1))
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, modes, dtype=torch.complex64)))
         self.D = nn.Parameter(torch.randn(d))
         self.out_proj = nn.Linear(d, 2 * d)
 

@@ -4,7 +4,7 @@
     tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
 
     1  discretization: a differential equation becomes a recurrence
-    2  the scan: the recurrence solved by a loop, by a tree, and in chunks
+    2  the scan: the recurrence solved by a loop and by a tree
     3  S4: where nothing depends on t, the recurrence is a convolution
     4  the selective scan of Mamba
     5  the matrix form of Mamba-2
@@ -194,21 +194,20 @@ def discretize(dt, A, B, rule="mamba"):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The scan: h_t = a_t h_{t-1} + b_t, elementwise, every h_t wanted
 #
-#               combinations   depth        extra memory
-#    naive      l              l            autograd keeps every state a second time
-#    parallel   2 l            2 log2 l     a and b of all pairs, and of pairs of pairs, ..
-#    chunked    2 l            3 sqrt(l)    a running product of a; gradients by a second scan, backwards
+#               combinations   depth       extra memory
+#    naive      l              l           none but autograd's
+#    parallel   2 l            2 log2 l    a and b of all pairs, and of pairs of pairs, ..
 #
 # (One combination is the a h + b of one step, or two steps made one; depth counts those that must wait for each other.)
-# A machine with idle processors cares for depth, any other for few large operations in place: chunked has those, so
-# auto takes it. parallel is here to be read.
+# A GPU has thousands of processors and cares for depth. A CPU is busy with a single step of a wide state, and there the
+# loop is several times as fast as the tree. auto chooses by that.
 
 
 def scan(a, b, h0=None, impl="auto"):
     """h_t = a_t h_{t-1} + b_t along axis 1, for any length l >= 1, real or complex; h0 stands before the first step.
 
     b (batch, l, ...); a broadcasts to b; h0 (batch, ...), zero if None. Returns h of b's shape, float32 or wider. impl:
-    naive, parallel, chunked; auto is chunked.
+    naive, parallel, or auto, which is parallel on a GPU.
     """
     a, b, h0 = _widen(a, b, h0)
     if b.ndim < 2 or b.shape[1] == 0:
@@ -217,7 +216,8 @@ def scan(a, b, h0=None, impl="auto"):
         h0 = torch.zeros_like(b[:, 0])
     elif h0.shape != b[:, 0].shape:
         raise ValueError(f"scan: h0 has shape {tuple(h0.shape)}, expected {tuple(b[:, 0].shape)}")
-    return _choose(impl, "chunked", SCANS)(a.expand_as(b), b, h0)
+    auto = "naive" if b.device.type == "cpu" else "parallel"
+    return _choose(impl, auto, SCANS)(a.expand_as(b), b, h0)
 
 
 def _scan_naive(a, b, h):
@@ -263,67 +263,7 @@ def _associative(a, b):
     return h if l % 2 == 0 else torch.cat([h, even[:, -1:]], dim=1)
 
 
-class _ChunkedScan(torch.autograd.Function):
-    """The scan in chunks, and its gradients by the same function. Autograd does not see it, so it may write in place.
-
-    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let dh_t be the gradient that
-    reaches h_t as an output, and g_t all that reaches it, also through later states. Then
-        g_t = dh_t + conj(a_{t+1}) g_{t+1},   db_t = g_t,   da_t = g_t conj(h_{t-1}),   dh0 = conj(a_0) g_0.
-    For real numbers conj does nothing. (torch's gradient of a complex v is dL/dRe v + i dL/dIm v.)
-    """
-
-    @staticmethod
-    def forward(ctx, a, b, h0):
-        h = _chunks_then_carries(a, b, h0)
-        ctx.save_for_backward(a, h, h0)
-        return h
-
-    @staticmethod
-    @_once
-    def backward(ctx, dh):
-        a, h, h0 = ctx.saved_tensors
-        none = torch.zeros_like(a[:, :1])  # no step follows the last
-        a_next = torch.cat([a[:, 1:], none], dim=1).conj()
-        # flipped, a_next begins with `none`, which meets the zero state
-        g = _chunks_then_carries(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
-        h_before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
-        return g * h_before.conj(), g, a[:, 0].conj() * g[:, 0]
-
-
-def _chunks_then_carries(a, b, h0):
-    """sqrt(l) chunks of sqrt(l) steps each, and fewer than sqrt(l) steps left over.
-
-    x x x | x x x | x x x | x x      1. every chunk from h = 0, all chunks at once: one column after the other
-    h --->  h --->  h --->           2. the state that enters a chunk is added to it: one chunk after the other
-                            h -->    3. the steps left over, from the last state
-
-    This is exact, since h is linear in the state h_in that enters: h_t = (h_t from zero) + (a_t ... a_first) h_in.
-    """
-    l = b.shape[1]
-    size = math.isqrt(l)
-    whole = l // size * size
-    out = torch.empty_like(b)
-    chunks = out[:, :whole].unflatten(1, (-1, size))  # (batch, chunks, size, ...), a view of out
-    decays = torch.empty_like(chunks)  # a_t ... a_first
-    state = torch.zeros_like(chunks[:, :, 0])
-    decay = torch.ones_like(state)
-    for t in range(size):
-        a_t = a[:, t:whole:size]  # (batch, chunks, ...)
-        state = a_t * state + b[:, t:whole:size]
-        decay = a_t * decay
-        chunks[:, :, t] = state
-        decays[:, :, t] = decay
-    h = h0
-    for k in range(chunks.shape[1]):
-        chunks[:, k].addcmul_(decays[:, k], h[:, None])
-        h = chunks[:, k, -1]
-    for t in range(whole, l):
-        h = a[:, t] * h + b[:, t]
-        out[:, t] = h
-    return out
-
-
-SCANS = {"naive": _scan_naive, "parallel": _scan_parallel, "chunked": _ChunkedScan.apply}
+SCANS = {"naive": _scan_naive, "parallel": _scan_parallel}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
@@ -380,23 +320,6 @@ def hippo_legs(n):
     i = torch.arange(n, dtype=torch.float64)
     B = torch.sqrt(2 * i + 1)
     return -torch.tril(B[:, None] * B, -1) - torch.diag(i + 1), B
-
-
-def legs_basis(age, n):
-    """sqrt(2i+1) P_i(2 exp(-age) - 1), P_i the Legendre polynomials: age (...) -> (..., n), n >= 1.
-
-    P_0 = 1, P_1(s) = s, (i+1) P_{i+1} = (2i+1) s P_i - i P_{i-1}.
-    h(now) is the integral of exp(age A) B x(now - age) over all ages, and exp(age A) B = exp(-age) legs_basis(age, n).
-    So h holds the coefficients of the past in a basis that is orthonormal under the weight exp(-age). The error is
-    small where the weight is large, so the recent past is kept best: x(now - age) is nearly legs_basis(age, n) @ h, and
-    the larger n, the nearer.
-    """
-    s = 2 * torch.exp(-age) - 1
-    legendre = [torch.ones_like(s), s]
-    for i in range(1, n - 1):
-        legendre.append(((2 * i + 1) * s * legendre[i] - i * legendre[i - 1]) / (i + 1))
-    degree = torch.arange(n, dtype=s.dtype, device=s.device)
-    return torch.stack(legendre[:n], dim=-1) * torch.sqrt(2 * degree + 1)
 
 
 def dplr_legs(n):
@@ -476,28 +399,6 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, upto=None):
 
 
 # S4D: A diagonal, zero-order hold. A system is n separate complex numbers
-
-
-def s4d_init(rule, n):
-    """A, B (n/2,), complex128: one of each conjugate pair of modes of a real system of even size n (S4D, 2206.11893).
-
-    lin   -1/2 + i pi j                             frequencies one after the other
-    inv   -1/2 + i n/pi (n/(2j+1) - 1)              as LegS has them when n is large: few high ones, many low ones
-    legs  Lambda and B of dplr_legs                 LegS without its rank one
-    real  -(j+1)                                    no swing, only decay, hence no conjugates: not to be doubled
-    """
-    if n % 2:
-        raise ValueError(f"a system of size {n} has no conjugate pairs; n must be even")
-    if rule == "legs":
-        Lambda, _, B, _ = dplr_legs(n)
-        return Lambda[n // 2:], B[n // 2:]
-    j = torch.arange(n // 2, dtype=torch.float64)
-    imag = {"lin": math.pi * j, "inv": n / math.pi * (n / (2 * j + 1) - 1), "real": 0 * j}
-    if rule not in imag:
-        raise ValueError(f'rule "{rule}" is not one of lin, inv, legs, real')
-    real = -(j + 1) if rule == "real" else -0.5 + 0 * j
-    A = torch.complex(real, imag[rule])
-    return A, torch.ones_like(A)
 
 
 def s4d_kernel(dt, A, B, C, l):
@@ -635,12 +536,12 @@ def _selective_parallel(x, dt, A, B, C, h0):
 
 
 class ChunkedSelectiveScan(torch.autograd.Function):
-    """Chunk after chunk, each small enough, where possible, that its states stay in the processor's cache. (These are
-    not the chunks of section 2: nothing runs at once along l, and a chunk is what is held at a time.)
+    """Chunk after chunk, each small enough, where possible, that its states stay in the processor's cache.
 
     apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. Forward keeps
     the state before every chunk and forgets the rest; backward computes a chunk's states again and walks it in reverse.
-    With g_t as in section 2, where dh_t is C_t dy_t, since y_t = C_t h_t; after the last step comes dh, the argument:
+    The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let g_t be all the gradient that
+    reaches h_t: from y_t = C_t h_t, and from h_{t+1} = a_{t+1} h_t + ..; after the last step comes dh, the argument.
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
@@ -895,7 +796,7 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 #            ^ x_t, dt_t, rows    v y_t, a row: the sum over states
 #
 # One long sequence is too few programs to fill a GPU, so it is cut into equal pieces, which are rows of a larger batch.
-# As in section 2 every piece is walked from zero, the states are carried through the pieces (the decay of a piece is
+# As in section 5 every piece is walked from zero, the states are carried through the pieces (the decay of a piece is
 # exp(A sum dt)), and every piece is walked again, from the state that enters it.
 #
 # Backward, with g_t and w_t as in section 4. It carries q_t = a_t g_t, since that travels from step t to step t - 1:

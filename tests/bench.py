@@ -49,9 +49,9 @@ from data.files import UserError
 from model import LM, MIXERS, Config, load, save
 from sample import (ByteDrafter, CountDrafter, SubwordDrafter, compiled_step, filter_logits,
                     generate, prefill, speculate)
-from scan import (discretize, hippo_legs, legs_basis, s4d_init, s4d_kernel, selective_scan, ssd,
+from scan import (discretize, hippo_legs, s4d_kernel, selective_scan, ssd,
                   tl, triton)
-from tests.dense import discretize_dense
+from tests.dense import discretize_dense, legs_basis, s4d_init
 from train import flag, keep_memory, parse, pick_device, script
 
 ASSETS = Path(__file__).parent.parent / "assets"

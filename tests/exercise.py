@@ -28,10 +28,6 @@ class Exercise(NamedTuple):
     read_module: bool = False  # and whether the file's does
 
 
-PARALLEL, CHUNKED = (tuple(f"{test}[{impl}" for test in (
-    "test_all_scans_agree_for_every_length", "test_decay_broadcasts_to_the_input",
-    "test_a_scan_has_the_depth_and_the_work_of_its_table")) for impl in ("parallel", "chunked"))
-
 EXERCISES = {
     "discretize": Exercise("scan", "test_scan", 30, "from h' = A h + B x to a step, by five rules", (
         "test_zoh_and_bilinear_of_a_scalar",
@@ -41,7 +37,7 @@ EXERCISES = {
         "test_zoh_holds_at_a_pole_of_zero_with_its_gradient",
         "test_zoh_is_exact_near_zero",
         "test_a_trapezoid_is_second_order")),
-    "legs_basis": Exercise("scan", "test_s4", 20, "a state is a polynomial of the past", (
+    "legs_basis": Exercise("tests.dense", "test_s4", 20, "a state is a polynomial of the past", (
         "test_the_first_modes_of_legs_by_hand",
         "test_the_modes_of_legs_are_legendre_polynomials",
         "test_legs_rebuilds_a_signal_from_its_state")),
@@ -51,24 +47,32 @@ EXERCISES = {
         "test_convolution_is_recurrence_is_scan",
         "test_fft_convolution_of_bfloat16_is_done_in_float32",
         "test_fft_convolution_takes_l_log_l_operations"), ("_widen", "_skip", "_no_autocast")),
-    "_associative": Exercise("scan", "test_scan", 40, "a scan as a tree: log l steps, odd lengths",
-                             PARALLEL, ("scan", "_scan_parallel")),
-    "_chunks_then_carries": Exercise("scan", "test_scan", 35, "a state enters linearly: sqrt(l)",
-                                     CHUNKED, ("scan",)),
-    "_ChunkedScan.backward": Exercise("scan", "test_scan", 30, "the gradient of a scan is a scan",
-                               CHUNKED[:2]),
+    "_associative": Exercise("scan", "test_scan", 40, "a scan as a tree: log l steps, odd lengths", (
+        "test_all_scans_agree_for_every_length[parallel",
+        "test_decay_broadcasts_to_the_input[parallel",
+        "test_a_tree_has_the_depth_and_the_work_of_its_table"), ("scan", "_scan_parallel")),
     "_selective_naive": Exercise("scan", "test_scan", 20, "selection: the definition of Mamba", (
         "test_three_steps_by_hand[naive",
         "test_a_step_of_length_zero_changes_nothing[naive",
         "test_the_future_cannot_be_seen[naive",
         "test_any_split_of_a_sequence_gives_the_whole_sequence[naive",
         "test_all_selective_scans_agree_for_every_length[parallel"), ("selective_scan",)),
+    "ChunkedSelectiveScan.backward": Exercise("scan", "test_scan", 60, "the gradient: a scan backwards", (
+        "test_all_selective_scans_agree_for_every_length[chunked",
+        "test_float32_stays_within_2e6_of_float64[chunked"), ("_chunk_slices", "_chunk_states")),
     "_attend": Exercise("scan", "test_ssd", 30, "the scan is attention, masked by decays", (
         "test_without_decay_it_is_causal_linear_attention[quadratic",
         "test_ssd_is_the_selective_scan_with_one_decay_a_head[quadratic",
         "test_the_initial_state_enters_linearly[quadratic",
         "test_all_forms_agree_for_every_length"),
         ("ssd", "_ssd_naive", "_heads_first", "_decays", "per_head")),
+    "_ssd_chunked": Exercise("scan", "test_ssd", 35, "chunks, then carries: a state enters linearly", (
+        "test_any_split_of_a_sequence_gives_the_whole_sequence[50-chunked",
+        "test_the_state_after_the_first_steps_has_not_read_the_others[69-chunked",
+        "test_float32_stays_within_1e5_of_the_float64_recurrence[chunked",
+        "test_no_tensor_of_all_states_is_ever_made",
+        "test_memory_grows_linearly_with_length"),
+        ("ssd", "_heads_first", "_attend", "_last_state", "scan")),
     "causal_conv": Exercise("model", "test_model", 25, "a convolution has a state; short inputs", (
         "test_causal_conv_is_conv1d_with_padding_on_the_left",
         "test_the_tail_of_a_convolution_does_not_keep_its_inputs_in_memory",
@@ -95,6 +99,11 @@ EXERCISES = {
         "test_a_mapped_layer_without_its_new_parts_is_the_attention_layer_without_softmax"),
         ("input_rows",), read_module=True),
 }
+
+
+def file_of(e):
+    """The file that holds the function of an exercise."""
+    return e.module.replace(".", "/") + ".py"
 
 
 def imports_of(module, used):
@@ -126,7 +135,7 @@ def text_of(name, blank=True):
         empty = f'raise NotImplementedError("{name} is yours to write")'
         lines[begin.lineno - 1:function.end_lineno] = [" " * begin.col_offset + empty]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {*names} - {outer}
-    about = [f"{name} of {e.module}.py, {e.minutes} minutes: {e.learns}.",
+    about = [f"{name} of {file_of(e)}, {e.minutes} minutes: {e.learns}.",
              "Write the body, and run: pytest --mine=my.py"]
     for other in e.read:
         if inspect.isclass(names[other]):
@@ -203,7 +212,7 @@ def main(argv):
         print(text_of(name), end="")
         return 0
     for name, e in EXERCISES.items():
-        print(f"{name:23}{e.module + '.py':11}{e.minutes:3} min  {e.learns}")
+        print(f"{name:30}{file_of(e):16}{e.minutes:3} min  {e.learns}")
     print("\npython -m tests.exercise NAME > my.py      then write the body, and    "
           "pytest --mine=my.py")
     return 0

@@ -17,7 +17,8 @@ import torch
 from data.corpus import compressed_bpb, load_corpus
 from data.files import UserError
 from model import load
-from scan import _decays, s4d_init, s4d_kernel
+from scan import _decays, s4d_kernel
+from tests.dense import s4d_init
 from tests.look import look
 from train import flag, parse, script
 

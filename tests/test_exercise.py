@@ -104,10 +104,10 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main([]) == 0
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [row.split()[0] for row in rows] == [*EXERCISES]
-    assert main(["_ChunkedScan.backward"]) == 0
+    assert main(["ChunkedSelectiveScan.backward"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")
-    assert "from scan import _chunks_then_carries, _once\n" in out and "conj(a_{t+1}) g_{t+1}" in out
-    assert "ctx.save_for_backward(a, h, h0)" in out and "h_before" not in out
+    assert "from scan import _chunk_slices, _chunk_states, _once\n" in out and "a_{t+1} g_{t+1}" in out
+    assert "ctx.save_for_backward(x, dt, A, B, C, starts)" in out and "carry" not in out
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith('error: "scan" is not one of discretize, ')

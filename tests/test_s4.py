@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import Operations, all_close, close
-from dense import cauchy_kernel, discretize_dense
-from scan import (dense_kernel, discretize, dplr_legs, dplr_discretize, fft_conv, hippo_legs,
-                  legs_basis, s4, s4_kernel, s4d, s4d_init, s4d_kernel, scan)
+from scan import (dense_kernel, discretize, dplr_legs, dplr_discretize, fft_conv, hippo_legs, s4,
+                  s4_kernel, s4d, s4d_kernel, scan)
+from tests.dense import cauchy_kernel, discretize_dense, legs_basis, s4d_init
 
 F64, C128 = torch.float64, torch.complex128
 

@@ -84,6 +84,7 @@ def test_ssd_passes_gradcheck(impl, l):
 @pytest.mark.parametrize("impl", SSDS)
 @pytest.mark.parametrize("cut", [1, 2, 31, 32, 50, 99])
 def test_any_split_of_a_sequence_gives_the_whole_sequence(impl, cut):
+    """The last state of one part, given to the next: y and the state are those of one call."""
     x, dt, A, B, C, D, h0 = inputs(100)
     y, h = ssd(x, dt, A, B, C, D, h0, impl)
     y1, h1 = ssd(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, h0, impl)
@@ -184,6 +185,7 @@ def test_large_steps_over_a_long_sequence_neither_overflow_nor_lose_digits():
 @pytest.mark.parametrize("dt_max, l", [(0.05, 1000), (20.0, 1000)])
 @pytest.mark.parametrize("impl", ["quadratic", "chunked"])
 def test_float32_stays_within_1e5_of_the_float64_recurrence(impl, dt_max, l):
+    """Values and gradients over 1,000 steps, weak decays and strong ones, relative to the largest number."""
     tensors = inputs(l, dtype=torch.float32, dt_max=dt_max)
     got = values_and_gradients(lambda *t: ssd(*t, impl=impl), tensors)
     want = values_and_gradients(lambda *t: ssd(*t, impl="naive"), [t.double() for t in tensors])
