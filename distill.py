@@ -37,8 +37,8 @@ from data.bpe import in_words
 from data.corpus import load_corpus, load_tokens
 from data.files import require
 from model import LM, inverse_softplus, load
-from train import (RunFlags, evaluate, fit, flag, join_processes, keep_memory, open_run, parse,
-                   pick_device, pick_dtype, script)
+from train import (RunFlags, claim, evaluate, fit, flag, join_processes, keep_memory, open_run,
+                   parse, pick_device, pick_dtype, script)
 
 
 @dataclass
@@ -274,10 +274,8 @@ def show(c, teacher, student, corpus):
           f"of the first {len(glance):,} to validate")
 
 
-@script
-def main(argv):
-    c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
-    c, student, extra = open_run(c, given)
+def distil(c, student, extra):
+    """What main does in a folder of its own."""
     require(c.stage == "align" or c.kl + c.reverse_kl + c.ce > 0,
             "--kl, --reverse_kl and --ce are all 0; raise one")
     rank, world, device = where = join_processes(pick_device(c.device))
@@ -297,6 +295,13 @@ def main(argv):
     if rank == 0 and not extra:
         show(c, teacher, student, corpus)
     return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new))
+
+
+@script
+def main(argv):
+    c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
+    with claim(c.out):
+        return distil(*open_run(c, given))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ In order: flags, where it runs, what is predicted, the optimizer, validation, th
 stands around it and may wait: a run's folder, its state, the screen, the script. Letters: c the flags, b windows, l
 positions, v tokens of the vocabulary.
 
-    main -> open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
-                                                   -> finish -> Run.validate -> measure -> evaluate, once or twice
+    main -> claim, open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
+                                                          -> finish -> Run.validate -> measure -> evaluate, once or twice
 
 Figures are in bits per byte, nats / ln 2 (and per byte of a word), unless they name another unit: the loss at step 0 is
 in nats, --objective mask counts bits per masked byte, diffusion bounds bits per byte, a task has bits per target.
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import wraps
@@ -407,12 +407,32 @@ def train(run, model):
 FILES = ("last.pt", "best.pt", "log.jsonl")
 
 
-def stamps(folder):
-    """{name: when it was written} of the files of a run in the folder. open_run looks, and fit again when it has
-    claimed the folder: another run may have begun and ended there while this one read its data."""
-    paths = [folder / name for name in FILES]  # an empty log is that of a run that made no step
-    return {path.name: path.stat().st_mtime_ns for path in paths
-            if path.exists() and path.stat().st_size}
+@contextmanager
+def claim(folder):
+    """Inside, the folder is this process's (under torchrun, process 0's): two runs in one would destroy each other.
+
+    UserError if another process has it. At the end it goes again if it is empty.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder = Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if fcntl:
+                lock = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process trains in --out {folder}; choose another") from e
+        except (OSError, ValueError) as e:
+            raise UserError(f"--out {folder} cannot be written: {e}") from e
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def with_saved(c, given, extra):
@@ -425,12 +445,11 @@ def open_run(c, given):
     """(flags, None, {}) of a new run in --out, or (flags, model, extra) of the last.pt there, to be resumed with its
     own flags but for those given."""
     folder = Path(c.out)
-    require("\0" not in c.out, "--out cannot be written: there is a NUL in its name")
     real = Path(os.path.realpath(folder))
     inside = (os.path.isdir(c.data) and c.data not in KNOWN
               and real.is_relative_to(os.path.realpath(c.data)))
     require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
-    files = stamps(folder)
+    files = [name for name in FILES if (folder / name).exists()]
     can_resume = "last.pt" in files
     require(not files or c.resume and can_resume, f"{folder} holds {', '.join(files)}; choose "
             f"another --out{', or go on with --resume' if can_resume else ''}")
@@ -439,7 +458,6 @@ def open_run(c, given):
     model, extra = load(folder / "last.pt")
     require(extra.get("script") == c.script,
             f"{folder} is no run of {c.script}; choose another --out")
-    extra["stamps"] = files
     if "steps" in given and "minutes" not in given:
         given = {**given, "minutes": 0.0}  # --steps takes the place of the run's --minutes
     print(f"resuming {folder} at step {extra.get('step')}")
@@ -453,31 +471,6 @@ def open_run(c, given):
             if name in ("val_bytes", "seq_len"):  # figures do not compare with those before
                 extra["best_bpb"] = math.inf
     return with_saved(c, given, extra), model, extra
-
-
-def claim(folder, stack):
-    """Locks the folder until the stack ends: two runs in one would destroy each other. UserError if it is locked, or
-    cannot be made. What a crash left half-written there is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            lock = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in FILES:
-            for half in folder.glob(f"{name}.????????????.tmp"):  # of whole_file
-                half.unlink()
-    except BlockingIOError as e:
-        raise UserError(f"another process trains in --out {folder}; choose another") from e
-    except OSError as e:
-        raise UserError(f"--out {folder} cannot be written: {e}") from e
-
-
-def open_log(folder, logged):
-    """log.jsonl to write on, cut to the bytes that the checkpoint counts: a crash may have left lines behind them."""
-    log = open(folder / "log.jsonl", "ab", buffering=0)  # tell() counts what is on the disk
-    log.truncate(min(logged, log.tell()))
-    return log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,7 +530,7 @@ class Run:
         self.caught_at = 0.0
         self.stopped = 0  # the one that process 0 noted and all agreed on
         self.interruptible = False  # True in a validation by a single process
-        self.log = self.bar = None  # opened by fit
+        self.bar = None  # made by fit
 
     # A signal is noted (caught). After the step all processes agree on that of process 0 (stopped), the loop ends, and
     # fit saves last.pt. A validation by a single process ends at once, by a KeyboardInterrupt: it can be repeated.
@@ -590,6 +583,9 @@ class Run:
                 f"has read {kept['data']}; give it that data, or choose another --out")
         vars(self).update(kept)
         self.saved_at = self.seconds
+        log = self.folder / "log.jsonl"
+        if log.exists() and self.rank == 0:  # a crash may have left lines after those of last.pt
+            os.truncate(log, min(self.logged, log.stat().st_size))
 
     def save(self, name):
         """Model, optimizer, flags and counts, as last.pt or best.pt. Never weights that are not finite: the file that
@@ -610,8 +606,9 @@ class Run:
         """One line of log.jsonl."""
         line = {"step": self.step, "bytes": round(self.read * self.encoded.bytes_per_token),
                 "seconds": round(self.seconds, 3), **dict.fromkeys(FIGURES), **figures}
-        self.log.write(json.dumps(line).encode() + b"\n")
-        self.logged = self.log.tell()
+        with open(self.folder / "log.jsonl", "ab") as log:
+            log.write(json.dumps(line).encode() + b"\n")
+            self.logged = log.tell()
 
     def validate(self):
         """Validate and, if all is well, save."""
@@ -723,14 +720,16 @@ def finish(run):
     print(f"saved       {run.folder}/best.pt; try: python {then}")
 
 
-def catch_signals(run, stack):
-    """run.on_signal handles SIGINT, SIGTERM and SIGHUP until the stack ends. Only the main thread may handle them."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            stack.callback(signal.signal, number, signal.signal(number, run.on_signal))
+@contextmanager
+def handled(on_signal):
+    """SIGINT, SIGTERM and SIGHUP call on_signal inside. Only the main thread may handle any."""
+    with ExitStack() as stack:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            main = threading.current_thread() is threading.main_thread()
+            if main and number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                stack.callback(signal.signal, number, signal.signal(number, on_signal))
+        yield
 
 
 def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
@@ -746,18 +745,13 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
     draw_batch(c, run.encoded.train, objective, 0)  # an error now if a window does not fit
     if extra:
         run.restore(extra)
-    with ExitStack() as stack:  # gives back lock, log and handlers, whatever happens
-        if run.rank == 0:
-            claim(run.folder, stack)
-            require(stamps(run.folder) == extra.get("stamps", {}), "another process has just "
-                    f"trained in --out {run.folder}; choose another")
-            introduce(run)
-            run.log = stack.enter_context(open_log(run.folder, run.logged))
-        model = torch.compile(model) if c.compile else model
-        model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
-                       dynamic_ncols=True, bar_format=BAR)
-        catch_signals(run, stack)
+    if run.rank == 0:
+        introduce(run)
+    model = torch.compile(model) if c.compile else model
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
+                   dynamic_ncols=True, bar_format=BAR)
+    with handled(run.on_signal):
         try:
             with run.bar:
                 train(run, model)
@@ -768,13 +762,11 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
                 run.world = 1  # alone from here
             if run.rank == 0 and not run.stopped:
                 finish(run)
-        # these come between two steps, so that a save is whole
-        except (KeyboardInterrupt, BrokenPipeError):  # a validation ended; nobody reads the output
-            run.stopped = run.caught or signal.SIGINT
-        except OSError:  # a terminal that went with SIGHUP
-            if not run.caught:
+        # between two steps, so that a save is whole: a validation ended, or the screen is gone
+        except (KeyboardInterrupt, OSError) as e:
+            if not (run.caught or isinstance(e, (KeyboardInterrupt, BrokenPipeError))):
                 raise
-            run.stopped = run.caught
+            run.stopped = run.caught or signal.SIGINT
         if run.rank == 0 and run.stopped:
             run.save("last.pt")
             with suppress(OSError):
@@ -891,15 +883,16 @@ def main(argv):
     c, given = parse(Flags, argv, "Train a byte language model; by default Mamba-2 on Python code.")
     if c.eval_only:
         return eval_only(c, given)
-    c, model, extra = open_run(c, given)
-    corpus, objective = load_data(c)
-    torch.manual_seed(c.seed)
-    if c.init and not extra:
-        model, _ = load(c.init)
-        check_model(c.init, model.config, c, given)
-    elif not extra:
-        model = make_model(make_config(c, learn_merges(corpus.train, c.bpe) if c.bpe else ()))
-    return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, objective)
+    with claim(c.out):
+        c, model, extra = open_run(c, given)
+        corpus, objective = load_data(c)
+        torch.manual_seed(c.seed)
+        if c.init and not extra:
+            model, _ = load(c.init)
+            check_model(c.init, model.config, c, given)
+        elif not extra:
+            model = make_model(make_config(c, learn_merges(corpus.train, c.bpe) if c.bpe else ()))
+        return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, objective)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import os
 import platform
 import sysconfig
 import tempfile
-import time
 import zipfile
 from contextlib import suppress
 from http.client import HTTPException
@@ -213,9 +212,6 @@ def load_corpus(name, cache=CACHE):
     is then ./python.
     """
     try:
-        for half in cache.glob("*.tmp"):  # that a crash left; nobody writes for an hour
-            if half.stat().st_mtime < time.time() - 3600:
-                half.unlink()
         if name == "python":
             return load_python()
         if name in DOWNLOADS:
