@@ -4,7 +4,6 @@ import io
 import os
 import socket
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -127,15 +126,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         two.write(b"same")
     assert os.listdir(tmp_path / "cache") == ["x"]
     assert (tmp_path / "cache" / "x").read_bytes() == b"same"
-
-
-def test_what_a_crash_left_in_the_cache_is_removed_an_hour_later(tmp_path):
-    """Not sooner: another process may be writing."""
-    for name, age in (("enwik8.1.tmp", 4000), ("enwik8.2.tmp", 10), ("enwik8", 4000)):
-        then = time.time() - age
-        os.utime(write(tmp_path / name, b"half"), (then, then))
-    load_corpus(str(write(tmp_path / "text", b"text")), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["enwik8", "enwik8.2.tmp", "text"]
 
 
 # The standard library

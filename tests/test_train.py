@@ -857,8 +857,8 @@ def test_an_out_folder_that_cannot_be_made(corpus, tmp_path, capsys):
         refused(capsys, argv(corpus, out), "--out", out)
     for out in ("a\0b", tmp_path / ("long" * 99)):
         refused(capsys, argv(corpus, out), "error")
-    for switch in ("--resume", "--eval_only"):
-        refused(capsys, ["--out", tmp_path / "file" / "run", switch], tmp_path / "file", "python train.py")
+    refused(capsys, ["--out", tmp_path / "file" / "run", "--resume"], "--out", tmp_path / "file")
+    refused(capsys, ["--out", tmp_path / "file" / "run", "--eval_only"], "python train.py")
     assert (tmp_path / "file").read_text() == "precious"
 
 
