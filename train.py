@@ -182,16 +182,23 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def processes():
+    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # a cluster may set it to 1
+    return int(os.environ["RANK"]) if world > 1 else 0, world
+
+
 def join_processes(device):
-    """(rank, number of processes, device): one process, or those that torchrun started."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1, device
+    """(rank, number of processes, device), when all of them have come here."""
+    rank, world = processes()
+    if world == 1:
+        return rank, world, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     patient = timedelta(days=1)  # with process 0, which validates alone
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
     dist.barrier()  # all have looked into --out before process 0 writes there
-    return dist.get_rank(), dist.get_world_size(), device
+    return rank, world, device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +420,7 @@ def claim(folder):
 
     UserError if another process has it. At the end it goes again if it is empty.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if processes()[0] > 0:
         yield
         return
     folder = Path(folder)
