@@ -12,13 +12,18 @@
 
 Is my change slower? Run `python -m tests.bench train --json before.json`, change, run it again with another file, and
 compare the `seconds` of a row with those of a row that the change does not touch: a machine's speed moves from run to
-run. To measure something new, write make(..., device=...) that returns the function to time, as make_scan does below,
-and hand Cells of it to compare. studies.py trains models and scores them, figures.py draws both files' results.
+run. To measure something new, write make(path, ..., device) that returns the function to time, as
+make_scan does below, and give it to compare, as bench_scan does.
 
 Every path lives in a process of its own, a worker, so its peak memory is its own. The workers of a group start together
 and are called in turn, round after round, so a busy machine hits all alike. Times are medians. Fresh memory costs a CPU
-more than the arithmetic does, so a Cell may ask for "huge pages" (2 MB each) or for memory that is "kept" (freed memory
-is reused, as train.py does). A path that cannot run, perhaps because its package is missing, says why in its row.
+more than the arithmetic does, so a path may get "huge pages" (2 MB each) or memory that is "kept"
+(freed memory is reused, as train.py does). A path that cannot run, perhaps because its package is
+missing, says why in its row.
+
+Sections 1 and 2 are the harness, also of studies.py and contexts.py, which train models and score
+them: whatever measures is a generator of rows, dicts, and `run` prints each and writes all to a
+file, which figures.py draws.
 """
 import contextlib
 import ctypes
@@ -29,8 +34,8 @@ import json
 import multiprocessing
 import os
 import platform
-import signal
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -45,53 +50,31 @@ import torch.nn.functional as F
 
 import train
 from data.corpus import load_corpus
-from data.files import UserError
+from data.files import require
 from model import LM, MIXERS, Config, load, save
 from sample import (ByteDrafter, CountDrafter, SubwordDrafter, compiled_step, filter_logits,
                     generate, prefill, speculate)
-from scan import (discretize, hippo_legs, s4d_kernel, selective_scan, ssd,
-                  tl, triton)
+from scan import discretize, hippo_legs, s4d_kernel, selective_scan, ssd, tl, triton
 from tests.dense import discretize_dense, legs_basis, s4d_init
 from train import flag, keep_memory, parse, pick_device, script
 
-ASSETS = Path(__file__).parent.parent / "assets"
-
-
-@dataclass
-class Flags:
-    json: str = flag("", "where the result goes (default: assets/bench_NAME.json)")
-    device: str = flag("cpu", "cpu, or cuda")
-    rounds: int = flag(5, "rounds of calls; a path whose calls are slow sits out some", low=1)
-    quick: bool = flag(False, "a smoke test: tiny sizes, one round, no file unless --json names it")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The harness
+# 1. The harness: times
 
 LIMIT = 400   # seconds after which a worker is given up; it may compile, or have been killed
 ENOUGH = 2.0  # seconds of calls after which a path sits out the remaining rounds
 ONCE = 5.0    # a call that takes longer is the only one
 
 
-@dataclass
-class Cell:
-    """A path to measure: make(**args, device=...) runs in the worker and returns the function to time."""
-    path: str
-    make: callable
-    args: dict
-    memory: str = "default"  # or "huge pages", or "kept"
-    work: int = 0            # bytes of text per call; with 0 there is no bytes/s
-
-
-def begin(cell, device):
+def begin(make, memory, device):
     """In the worker: makes the function to time."""
     global function, base
     warnings.simplefilter("ignore")
     one = torch.ones(1, requires_grad=True)
     torch.autograd.grad(2 * one, one)  # the first gradient imports 40 MB of modules
-    if cell.memory == "kept":
+    if memory == "kept":
         keep_memory()
-    function = cell.make(**cell.args, device=device)
+    function = make(device=device)
     base = held("VmRSS", device)
     return [], 0
 
@@ -147,127 +130,229 @@ def reset_peak(device):
 class Worker:
     """The parent's end of a worker; after an error it only remembers what went wrong."""
 
-    def __init__(self, cell, device):
-        self.cell = cell
+    def __init__(self, path, memory, make, device):
+        self.row = {"path": path, "memory": memory}
         self.device = device
-        self.error = None
         self.times = []
-        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(cell.memory == "huge pages"))  # torch reads it
+        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(memory == "huge pages"))  # torch reads it
         context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
-        ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        self.pool = context.Pool(1, *ignore)
-        self.begun = self.pool.apply_async(begin, (cell, device))
+        # Ctrl-C is the parent's to handle
+        self.pool = context.Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        self.answer = self.pool.apply_async(begin, (make, memory, device))
 
-    def turn(self, warm=False):
-        """Have calls made and keep their times."""
-        if sum(self.times) < (ENOUGH if len(self.times) > 1 else ONCE) and not self.error:
-            self.keep(self.pool.apply_async(calls, (self.device, warm)))
+    def turn(self, warm):
+        """Have calls made, unless there are enough."""
+        if sum(self.times) < (ENOUGH if len(self.times) > 1 else ONCE) and "error" not in self.row:
+            self.answer = self.pool.apply_async(calls, (self.device, warm))
+            self.wait()
 
-    def keep(self, answer):
-        """Wait for what a worker returns, or for its error, which is a path's result too."""
+    def wait(self):
+        """Keep the times of calls, or the error, which is a path's result too."""
         try:
-            times, self.peak = answer.get(LIMIT)
+            times, self.peak = self.answer.get(LIMIT)
             self.times += times
-        except multiprocessing.TimeoutError:
-            self.error = f"not done after {LIMIT} s, or out of memory"
         except Exception as e:
-            self.error = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
-
-    def row(self):
-        row = {"path": self.cell.path, "memory": self.cell.memory}
-        if self.error:
-            return row | {"mode": "failed", "error": self.error}
-        seconds = statistics.median(self.times)
-        row |= {"seconds": seconds, "seconds_min": min(self.times), "calls": len(self.times),
-                "peak_mb": self.peak / 1e6}
-        if work := self.cell.work:
-            row |= {"bytes_per_second": work / seconds, "ms_per_byte": 1e3 * seconds / work}
-        return row
+            error = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            if isinstance(e, multiprocessing.TimeoutError):
+                error = f"not done after {LIMIT} s, or out of memory"
+            self.row |= {"mode": "failed", "error": error}
 
 
-def measure(cells, device, rounds):
-    """The rows of cells that run side by side."""
+def measure(cells, device, rounds, work):
+    """The rows of cells (path, memory, make) that run side by side."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports missing kernels
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers compile side by side
     workers = []
     try:
         for cell in cells:
-            workers.append(Worker(cell, device))
+            workers.append(Worker(*cell, device))
         for w in workers:
-            w.keep(w.begun)
+            w.wait()
         for i in range(rounds + 1):
             for w in workers:
                 w.turn(warm=i == 0)
     finally:
         for w in workers:
             w.pool.terminate()
-    return [w.row() for w in workers]
+    for w in workers:
+        if "error" not in w.row:
+            seconds = statistics.median(w.times)
+            w.row |= {"seconds": seconds, "seconds_min": min(w.times), "calls": len(w.times),
+                      "peak_mb": w.peak / 1e6}
+            if work:
+                w.row |= {"bytes_per_second": work / seconds, "ms_per_byte": 1e3 * seconds / work}
+    return [w.row for w in workers]
 
 
-def compare(table, mode, sizes, cells, c):
-    """Measure a group of cells and print it; the dict sizes names the group in each of its rows.
+def compare(c, table, mode, make, paths, sizes, work=0, **more):
+    """Rows of a group: for each of the paths, or of {memory: paths}, make(path, **sizes, **more,
+    device=...) runs in a worker and returns the function to time, whose call handles `work` bytes
+    of text, if any. The dict sizes names the group in each of its rows.
 
-    A ratio is the time over that of the group's first cell that ran in the same kind of memory. On a GPU, whose
-    memory all would share, one cell runs after the other.
+    A ratio is the time over that of the first path that ran in the same kind of memory. On a GPU,
+    whose memory all would share, one path runs after the other. Kinds of memory beside the default
+    are Linux's, and a CPU's.
     """
     device = pick_device(c.device)
-    groups = [cells] if device.type == "cpu" else [[cell] for cell in cells]
-    rows = []
+    kinds = paths if isinstance(paths, dict) else {"default": paths}
+    if device.type != "cpu" or sys.platform != "linux":
+        kinds = {"default": next(iter(kinds.values()))}
+    cells = [(path, memory, functools.partial(make, path, **sizes, **more))
+             for memory, names in kinds.items() for path in names]
     first = {}
-    print(f"\n{table}, {mode}, {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    print(f"\n{table}, {mode}, {words(sizes)}")
     print(f"{'':42}{'ms':>10}{'min':>10}{'ratio':>7}{'peak MB':>9}{'bytes/s':>9}")
-    for row in [row for group in groups for row in measure(group, device, c.rounds)]:
-        text = row.get("error")
-        if not text:
-            row["ratio"] = row["seconds"] / first.setdefault(row["memory"], row["seconds"])
-            text = (f"{1e3 * row['seconds']:10.2f}{1e3 * row['seconds_min']:10.2f}"
-                    f"{row['ratio']:7.2f}{row['peak_mb']:9.0f}")
-            if "bytes_per_second" in row:
-                text += f"{row['bytes_per_second']:9,.0f}"
-        memory = "" if row["memory"] == "default" else ", " + row["memory"]
-        print(f"  {row['path'] + memory:40}{text}", flush=True)
-        rows.append({"table": table, "mode": mode, **sizes, **row})
-    return rows
-
-
-def tell(rows):
-    """Rows that are no times, each on a line; returns them."""
-    for row in rows:
-        words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                 for name, value in row.items())
-        print("  " + ", ".join(words), flush=True)
-    return rows
-
-
-def kinds_of_memory(c, *kinds):
-    """Those of kinds that exist here: beside the default they are Linux's, and a CPU's."""
-    return kinds if c.device == "cpu" and sys.platform == "linux" else ("default",)
+    for group in [cells] if device.type == "cpu" else [[cell] for cell in cells]:
+        for row in measure(group, device, c.rounds, work):
+            if "seconds" in row:
+                row["ratio"] = row["seconds"] / first.setdefault(row["memory"], row["seconds"])
+            yield {"table": table, "mode": mode, **sizes, **row}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Other people's code, imported in the worker
+# 2. The harness: runs, rows and files
 
+ASSETS = Path(__file__).parent.parent / "assets"
+DRAWN = {"legs"}  # tables of hundreds of rows, which are not printed
+QUICK = "--steps 2 --minutes 0 --batch_size 2"  # added to a run's flags by --quick
+
+
+@dataclass
+class Flags:
+    json: str = flag("", "where the result goes (default: assets/bench_NAME.json)")
+    device: str = flag("cpu", "cpu, or cuda")
+    rounds: int = flag(5, "rounds of calls; a path whose calls are slow sits out some", low=1)
+    quick: bool = flag(False, "a smoke test: tiny sizes, one round, no file unless --json names it")
+
+
+def folder_of(c, name):
+    """Where the runs of a measurement lie."""
+    return Path("out") / (name + "_quick" if c.quick else name)
+
+
+def trained(folder, flags, program=train.main, resume=True):
+    """(model, extra) of the run in folder, made at the first call by train.py or another program.
+    One that was stopped is resumed, or begins again if it had not saved yet. Only a run's end
+    validates, and so writes best.pt."""
+    if not (folder / "best.pt").exists():
+        print(f"\n{folder}", flush=True)
+        resume = resume and (folder / "last.pt").exists()
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        status = program([*flags.split(), "--out", str(folder), *["--resume"] * resume])
+        if status:
+            raise SystemExit(status)  # the program has said why
+    return load(folder)
+
+
+def words(row):
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in row.items())
+
+
+def show(row):
+    """Print a row: a time in compare's columns, and what was added to it by name, as any other."""
+    text = words(row)
+    if "mode" in row:
+        memory = "" if row["memory"] == "default" else ", " + row["memory"]
+        text = f"{row['path'] + memory:40}{row.get('error', '')}"
+    if "ratio" in row:
+        text += (f"{1e3 * row['seconds']:10.2f}{1e3 * row['seconds_min']:10.2f}"
+                 f"{row['ratio']:7.2f}{row['peak_mb']:9.0f}")
+        if "bytes_per_second" in row:
+            text += f"{row['bytes_per_second']:9,.0f}"
+        added = list(row)[list(row).index("ratio") + 1:]
+        text += "  " + words({name: row[name] for name in added})
+    if row["table"] not in DRAWN:
+        print("  " + text.rstrip(), flush=True)
+
+
+def hardware():
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":")[1].strip()
+    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+             "python": platform.python_version(), "torch": torch.__version__}
+    for peer in ("mambapy", "transformers", "mamba-ssm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[peer] = importlib.metadata.version(peer)
+    return found
+
+
+def run(module, prefix, measurements):
+    """The command line of {name: f(flags) that yields rows}: print them, write PREFIX_NAME.json."""
+    @script
+    def main(_):
+        argv = sys.argv[1:]
+        usage = f"python -m {module} {'|'.join(measurements)}"
+        name = argv[0] if argv and not argv[0].startswith("-") else ""
+        c, _ = parse(Flags, argv[1:] if name else argv, usage)
+        require(name in measurements,
+                f"{name or 'no name'} is not among what can be measured: {usage}")
+        c.rounds = 1 if c.quick else c.rounds
+        now = datetime.datetime.now(datetime.timezone.utc)
+        result = {"benchmark": name, "command": " ".join([f"python -m {module}", *argv]),
+                  "hardware": hardware(), "date": now.isoformat(timespec="seconds"), "rows": []}
+        print(", ".join(f"{key} {value}" for key, value in result["hardware"].items() if value))
+        for row in measurements[name](c):
+            show(row)
+            result["rows"].append(row)
+        if c.json or not c.quick:
+            path = Path(c.json or ASSETS / f"{prefix}_{name}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"wrote {path}")
+        return 0
+
+    sys.exit(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Other people's code, imported in the worker
+
+N = {"mamba": 16, "mamba2": 64, "s4": 64, "s4d": 64, "attention": 16}  # attention has no state
 CHUNK = 64  # transformers' Mamba-2: the fastest of 16 .. 256 on a CPU, 256 is its default
 
 
-def mambapy_scan():
-    from mambapy.mamba import MambaBlock
-    return functools.partial(MambaBlock.selective_scan, None)  # it never looks at its self
+def operation(path, ours):
+    """f(x, dt, A, B, C, D) -> y: a peer's, or ours with impl=path."""
+    if path == "mambapy pscan":
+        from mambapy.mamba import MambaBlock
+        return functools.partial(MambaBlock.selective_scan, None)  # it never looks at its self
+    if path == "transformers loop":
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+        return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
+    if path == "mamba-ssm":
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        return selective_scan_fn
+    if path == "transformers":
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+        return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D)
+    return lambda *inputs: ours(*inputs, impl=path)[0]
 
 
-def transformers_scan():
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-    return lambda x, dt, A, B, C, D: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT, D).mT
+def our_config(layer, d_model, n_layer):
+    """Layers with equally many parameters, to 2 % for mamba, mamba2 and attention, which has SwiGLU
+    for it."""
+    name = "attention+mlp" if layer == "attention" else layer
+    return Config((name,) * n_layer, d_model=d_model, d_state=N[layer],
+                  head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
 
 
-def official_scan():
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    return selective_scan_fn
-
-
-def transformers_ssd():
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-    return lambda x, dt, A, B, C, D: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D)
+def language_model(path, d_model, n_layer):
+    """(model, f(tokens) -> logits, step(token, state) -> (logits, state)) of a peer, or of our
+    layer called path."""
+    package, _, layer = path.partition(" ")
+    if package == "mambapy":
+        return mambapy_model(d_model, n_layer)
+    if package == "transformers":
+        return transformers_model(layer, d_model, n_layer)
+    model = LM(our_config(path, d_model, n_layer))
+    return model, lambda tokens: model(tokens, upto=0)[0], model  # training asks for no state
 
 
 def mambapy_model(d_model, n_layer):
@@ -312,23 +397,10 @@ def transformers_model(layer, d_model, n_layer):
     return model, lambda tokens: model(tokens, use_cache=False).logits, step
 
 
-# an operation's factory returns f(x, dt, A, B, C, D) -> y; a model's returns the same as language_model
-PEERS = {"mambapy pscan": mambapy_scan, "transformers loop": transformers_scan,
-         "mamba-ssm": official_scan, "transformers": transformers_ssd,
-         "mambapy mamba": mambapy_model,
-         "transformers mamba": functools.partial(transformers_model, "mamba"),
-         "transformers mamba2": functools.partial(transformers_model, "mamba2")}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. scan: the example to copy
+# 4. The operations: the scans and S4's kernel
 
 SCANS = ("chunked", "parallel", "naive", "mambapy pscan", "transformers loop")
-
-
-def operation(path, ours):
-    """f(x, dt, A, B, C, D) -> y: a peer's, or ours with impl=path."""
-    return PEERS[path]() if path in PEERS else lambda *inputs: ours(*inputs, impl=path)[0]
 
 
 def with_gradients(f, inputs, dy):
@@ -358,52 +430,34 @@ def make_scan(path, device, dtype="float32", **sizes):
 
 def bench_scan(c):
     """Float32, by length; the loops get the lengths that they finish soon."""
-    lengths = (32,) if c.quick else (256, 1024, 4096)
     sizes = {"b": 2, "d": 8, "n": 4} if c.quick else {"b": 4, "d": 512, "n": 16}
     longest = {"naive": 1024, "transformers loop": 256}
-    rows = []
-    for l in lengths:
+    for l in (32,) if c.quick else (256, 1024, 4096):
         paths = [path for path in SCANS if l <= longest.get(path, l)]
-        cells = []
-        for kind in kinds_of_memory(c, "default", "huge pages", "kept"):
-            few = [p for p in paths if p in ("chunked", "mambapy pscan")]  # to save time
-            for path in few if kind == "huge pages" else paths:
-                cells.append(Cell(path, make_scan, {"path": path, "l": l, **sizes}, kind))
-        rows += compare("selective scan", "forward+backward", {**sizes, "l": l}, cells, c)
-    return rows + scan_errors(c)
-
-
-def relative_error(got, exact):
-    error = (got - exact).abs().max() / exact.abs().max()
-    return float(f"{error.item():.2e}")
+        few = ["chunked", "mambapy pscan"]  # to save time
+        kinds = {"default": paths, "huge pages": few, "kept": paths}
+        yield from compare(c, "selective scan", "forward+backward", make_scan, kinds,
+                           {**sizes, "l": l})
+    yield from scan_errors(c)
 
 
 def scan_errors(c):
     """Largest deviation from the float64 recurrence over its largest value, where errors have time to grow."""
-    rows = []
-    device = pick_device(c.device)
     sizes = {"b": 1, "l": 33, "d": 4, "n": 3} if c.quick else {"b": 2, "l": 4001, "d": 64, "n": 16}
     for dt_max in (0.1, 5.0):
-        *inputs, dy = scan_inputs(**sizes, device=device, dt_max=dt_max)
+        *inputs, dy = scan_inputs(**sizes, device=pick_device(c.device), dt_max=dt_max)
         naive = operation("naive", selective_scan)
         exact = with_gradients(naive, [t.double() for t in inputs], dy.double())
         for path in SCANS[:4]:
             row = {"table": "error", "path": path, "dt_max": dt_max, **sizes}
             try:
                 got = with_gradients(operation(path, selective_scan), inputs, dy)
-                row["errors"] = {name: relative_error(a, b)
-                                 for name, a, b in zip(("y", *"x dt A B C D".split()), got, exact)}
+                errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, exact)]
+                row["errors"] = {name: float(f"{error.item():.2e}")
+                                 for name, error in zip(("y", *"x dt A B C D".split()), errors)}
             except ImportError as e:
                 row["error"] = str(e)
-            rows += tell([row])
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. ssd and train: the operation and the whole model
-
-N = {"mamba": 16, "mamba2": 64, "s4": 64, "s4d": 64, "attention": 16}  # attention has no state
-TINY = {"b": 2, "l": 32, "d_model": 32, "n_layer": 1}  # for --quick
+            yield row
 
 
 def make_ssd(path, b, l, nh, p, n, device):
@@ -416,123 +470,17 @@ def make_ssd(path, b, l, nh, p, n, device):
     return functools.partial(with_gradients, operation(path, ssd), inputs, dy)
 
 
-def our_config(layer, d_model, n_layer):
-    """Layers with equally many parameters, to 2 % for mamba, mamba2 and attention, which has SwiGLU for it."""
-    name = "attention+mlp" if layer == "attention" else layer
-    return Config((name,) * n_layer, d_model=d_model, d_state=N[layer],
-                  head_dim=min(64, d_model), d_mlp=d_model * 7 // 8)
-
-
-def language_model(path, d_model, n_layer):
-    """(model, f(tokens) -> logits, step(token, state) -> (logits, state)) of a peer, or of our layer called path."""
-    if path in PEERS:
-        return PEERS[path](d_model, n_layer)
-    model = LM(our_config(path, d_model, n_layer))
-    return model, lambda tokens: model(tokens, upto=0)[0], model  # training asks for no state
-
-
-def make_train(path, b, l, d_model, n_layer, device):
-    """A training step: forward, backward, clipping, AdamW."""
-    model, f, _ = language_model(path, d_model, n_layer)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    tokens = torch.randint(256, (b, l + 1), device=device)
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = f(tokens[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def compare_training(c, *paths, **sizes):
-    """A step of each path, memory kept as in train.py: 4 layers of width 256 and 8 windows of 512, or other sizes."""
-    args = TINY if c.quick else {"b": 8, "l": 512, "d_model": 256, "n_layer": 4} | sizes
-    kind, = kinds_of_memory(c, "kept")
-    cells = [Cell(path, make_train, {"path": path, **args}, kind, args["b"] * args["l"])
-             for path in paths]
-    return compare("training", "training step", args, cells, c)
-
-
-def bench_train(c):
-    return compare_training(c, "mamba2", "mamba", "mambapy mamba", "transformers mamba")
-
-
 def bench_ssd(c):
     """8 heads of 64, n = 64, 8 x 512 bytes; training on as many, however they are cut into windows."""
     sizes = {"b": 8, "l": 512, "nh": 8, "p": 64, "n": 64}
     if c.quick:
         sizes = {"b": 2, "l": 64, "nh": 2, "p": 8, "n": 4}
-    work = sizes["b"] * sizes["l"]
-    cells = [Cell(path, make_ssd, {"path": path, **sizes}, work=work)
-             for path in ("chunked", "transformers", "quadratic", "naive")]
-    rows = compare("ssd", "forward+backward", sizes, cells, c)
-    shapes = (8, 512), (2, 2048), (1, 8192)
-    for b, l in shapes[:1] if c.quick else shapes:
-        rows += compare_training(c, "mamba2", "mamba", "attention", "transformers mamba2", b=b, l=l)
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. decode
-
-
-def make_decode(path, count, compiled, device, **sizes):
-    """count bytes after a newline by sample.generate, around the model's own step."""
-    model, _, step = language_model(path, **sizes)
-    model.to(device).eval()
-    token = torch.tensor([[10]], device=device)
-    fast = torch.compile(step) if compiled else step
-    f = lambda: list(generate(step, token, count, filter_logits, step=fast))
-    if compiled:
-        f()
-    return f
-
-
-def write_after(model, tokens, count):
-    """A function that draws count bytes after tokens, which are read in the first call, while the others rest."""
-    read = functools.cache(lambda: prefill(model, tokens))
-
-    def first(*_, last):
-        logits, state = read()
-        return logits[:, None], state
-
-    one_more = count + 1  # of which the first takes no step
-    return lambda: list(generate(first, tokens[:, :1], one_more, filter_logits, step=model))
-
-
-def make_context(path, context, count, device, **sizes):
-    """count bytes after a context, whose state every call begins from; attention's window is unlimited."""
-    model, _, _ = language_model(path, **sizes)
-    model.to(device).eval()
-    return write_after(model, torch.randint(256, (1, context), device=device), count)
-
-
-def bench_decode(c):
-    """Batch 1, 4 layers of width 256."""
-    size = {"count": 64, "d_model": 256, "n_layer": 4}
-    if c.quick:
-        size = {"count": 4, "d_model": 32, "n_layer": 1}
-    cells = []
-    for ending in ("", ", compiled"):
-        for path in ("mamba", "mamba2", "mambapy mamba", "transformers mamba"):
-            args = {"path": path, "compiled": bool(ending), **size}
-            cells.append(Cell(path + ending, make_decode, args, work=size["count"]))
-    rows = compare("decoding", "writing", size, cells, c)
-    for context in (16,) if c.quick else (256, 2048, 8192):
-        args = {"context": context, **size}
-        cells = [Cell(path, make_context, {"path": path, **args}, work=size["count"])
-                 for path in ("mamba2", "attention")]
-        rows += compare("decoding after a context", "writing", args, cells, c)
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. s4
+    paths = "chunked", "transformers", "quadratic", "naive"
+    yield from compare(c, "ssd", "forward+backward", make_ssd, paths, sizes,
+                       work=sizes["b"] * sizes["l"])
+    paths = "mamba2", "mamba", "attention", "transformers mamba2"
+    for b, l in ((8, 512),) if c.quick else ((8, 512), (2, 2048), (1, 8192)):
+        yield from compare_training(c, *paths, b=b, l=l)
 
 
 def make_kernel(path, l, d, n, device):
@@ -547,31 +495,27 @@ def make_kernel(path, l, d, n, device):
         powers = Abar[..., None] ** torch.arange(l, device=device)  # (d, n, l)
         return ((C * Bbar)[..., None] * powers).sum(1).real
 
-    def small_matrices(dt, A, C):
-        return s4d_kernel(dt, A, 1.0, C, l)
-
+    small_matrices = lambda dt, A, C: s4d_kernel(dt, A, 1.0, C, l)
     f = written_out if path == "written out" else small_matrices
     return functools.partial(with_gradients, f, [dt, A, C], dK)
 
 
+@torch.no_grad()
 def step_errors(l):
     """Largest difference of the convolution from the recurrence, both float32, in a layer as it begins; n = 64."""
-    rows = []
     for layer in ("s4d", "s4"):
         torch.manual_seed(0)
         mixer = MIXERS[layer](Config((layer,), d_model=64, d_state=64))
         x = torch.randn(1, l, 64)
+        y, _ = mixer.system(x, None, 0)
         steps = []
         h = None
-        with torch.no_grad():
-            y, _ = mixer.system(x, None, 0)
-            for x_t in x.split(1, dim=1):
-                y_t, h = mixer.system(x_t, h, None)
-                steps.append(y_t)
+        for x_t in x.split(1, dim=1):
+            y_t, h = mixer.system(x_t, h, None)
+            steps.append(y_t)
         error = (y - torch.cat(steps, dim=1)).abs().max().item()
         largest = y.abs().max().item()
-        rows.append({"table": "error", "path": layer, "l": l, "error": error, "largest": largest})
-    return tell(rows)
+        yield {"table": "error", "path": layer, "l": l, "error": error, "largest": largest}
 
 
 def reconstructions():
@@ -588,36 +532,115 @@ def reconstructions():
         for x_t in x:
             h = Abar @ h + Bbar * x_t
         curves[f"from {n} numbers"] = legs_basis(age, n) @ h
-    rows = []
     for path, values in curves.items():
-        row = {"table": "legs", "path": path, "memory": "default"}
-        rows += [{**row, "age": a, "value": v} for a, v in zip(age.tolist(), values.tolist())]
-    return rows
+        for a, value in zip(age.tolist(), values.tolist()):
+            yield {"table": "legs", "path": path, "memory": "default", "age": a, "value": value}
 
 
 def bench_s4(c):
     """S4D's kernel with d = 256 and 32 modes; training with layers of width 256; errors and memories."""
-    size = {"l": 32, "d": 8, "n": 4} if c.quick else {"l": 4096, "d": 256, "n": 32}
-    cells = [Cell(path, make_kernel, {"path": path, **size})
-             for path in ("two small matrices", "written out")]
-    rows = compare("s4d kernel", "forward+backward", size, cells, c)
-    rows += compare_training(c, "mamba", "mamba2", "s4d", "s4")
-    return rows + step_errors(7 if c.quick else 4096) + reconstructions()
+    sizes = {"l": 32, "d": 8, "n": 4} if c.quick else {"l": 4096, "d": 256, "n": 32}
+    paths = "two small matrices", "written out"
+    yield from compare(c, "s4d kernel", "forward+backward", make_kernel, paths, sizes)
+    yield from compare_training(c, "mamba", "mamba2", "s4d", "s4")
+    yield from step_errors(7 if c.quick else 4096)
+    yield from reconstructions()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. published: a checkpoint of the size that MambaByte released
+# 5. Whole models: training and writing
 
-WRITTEN = 8  # bytes per call: the first one after another process has run is slow for all
+WRITTEN = 8  # bytes per call of published: the first one after another process has run is slow
+
+
+def training_step(model, optimizer, loss):
+    """A function that makes a step: loss() and its gradients, clipping, the optimizer."""
+    def step():
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def make_train(path, b, l, d_model, n_layer, device):
+    """A training step with AdamW, the same for all."""
+    model, f, _ = language_model(path, d_model, n_layer)
+    model.to(device).train()
+    tokens = torch.randint(256, (b, l + 1), device=device)
+
+    def loss():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = f(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return training_step(model, optimizer, loss)
+
+
+def compare_training(c, *paths, b=8, l=512):
+    """A step of each path, memory kept as in train.py: 4 layers of width 256, b windows of l."""
+    sizes = {"b": b, "l": l, "d_model": 256, "n_layer": 4}
+    if c.quick:
+        sizes = {"b": 2, "l": 32, "d_model": 32, "n_layer": 1}
+    return compare(c, "training", "training step", make_train, {"kept": paths}, sizes,
+                   work=sizes["b"] * sizes["l"])
+
+
+def bench_train(c):
+    return compare_training(c, "mamba2", "mamba", "mambapy mamba", "transformers mamba")
+
+
+def write_after(model, tokens, count):
+    """A function that draws count bytes after tokens, which are read in the first call, while the
+    others rest."""
+    read = functools.cache(lambda: prefill(model, tokens))
+
+    def first(*_, last):
+        logits, state = read()
+        return logits[:, None], state
+
+    one_more = count + 1  # of which the first takes no step
+    return lambda: list(generate(first, tokens[:, :1], one_more, filter_logits, step=model))
+
+
+def make_writing(path, count, d_model, n_layer, device, context=0):
+    """count bytes after a newline by sample.generate, around the model's own step; or after a
+    context, whose state every call begins from, attention's window being unlimited."""
+    name, _, compiled = path.partition(", ")
+    model, _, step = language_model(name, d_model, n_layer)
+    model.to(device).eval()
+    if context:
+        return write_after(model, torch.randint(256, (1, context), device=device), count)
+    token = torch.tensor([[10]], device=device)
+    fast = torch.compile(step) if compiled else step
+    f = lambda: list(generate(step, token, count, filter_logits, step=fast))
+    if compiled:
+        f()
+    return f
+
+
+def bench_decode(c):
+    """Batch 1, 4 layers of width 256."""
+    sizes = {"count": 64, "d_model": 256, "n_layer": 4}
+    if c.quick:
+        sizes = {"count": 4, "d_model": 32, "n_layer": 1}
+    paths = ["mamba", "mamba2", "mambapy mamba", "transformers mamba"]
+    paths += [f"{path}, compiled" for path in paths]
+    yield from compare(c, "decoding", "writing", make_writing, paths, sizes, sizes["count"])
+    for context in (16,) if c.quick else (256, 2048, 8192):
+        yield from compare(c, "decoding after a context", "writing", make_writing,
+                           ("mamba2", "attention"), {"context": context, **sizes}, sizes["count"])
 
 
 def published_config(quick):
-    """MambaByte-353M's."""
+    """MambaByte-353M's, the size that was released."""
     n_layer, d_model = (2, 32) if quick else (53, 1024)
     return Config(("mamba",) * n_layer, d_model=d_model, norm="layer", tie=False)
 
 
-def make_published(path, folder, device):
+def make_published(path, folder, device, **_):
     """Reading the file; reading every weight as often as bytes are written, which no writing can beat; writing."""
     if path == "load":
         return lambda: load(folder, device)
@@ -630,53 +653,24 @@ def make_published(path, folder, device):
 
 def bench_published(c):
     """Random weights, float32, written once to a temporary folder."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = LM(published_config(c.quick))
-        size = {"weights_mb": round(sum(p.nbytes for p in model.parameters()) / 1e6)}
+        sizes = {"weights_mb": round(sum(p.nbytes for p in model.parameters()) / 1e6)}
         save(folder, model, "state-spaces")
         del model
-        for mode, work, *paths in (("loading", 0, "load"),
-                                   ("writing", WRITTEN, "every weight read for each", "mamba")):
-            cells = [Cell(path, make_published, {"path": path, "folder": folder}, work=work)
-                     for path in paths]
-            rows += compare("published", mode, size, cells, c)
-    return rows
+        yield from compare(c, "published", "loading", make_published, ("load",), sizes,
+                           folder=folder)
+        yield from compare(c, "published", "writing", make_published,
+                           ("every weight read for each", "mamba"), sizes, WRITTEN, folder=folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. speculate: in one process, plain and speculative writing in turn
+# 6. speculate: in one process, plain and speculative writing in turn
 
 SPECULATION = {"target": "--d_model 160 --n_layer 12 --steps 2200",
                "bytes": "--n_layer 1 --steps 2200",
                "words": "--n_layer 1 --bpe 1024 --seq_len 256 --steps 2200"}  # train.py's flags
 GUESSES = {"counts": (2, 4, 8, 12, 16), "bytes": (1, 2, 4, 6, 8), "words": (1, 2, 3, 4, 6)}
-
-
-def train_once(folder, flags, program=train):
-    """Make a run in folder with train.py, or another program, unless it has ended; one that was stopped is resumed, or
-    begins again if it had not saved yet. Only a run's end validates, and so writes best.pt.
-    """
-    if (folder / "best.pt").exists():
-        return
-    print(f"\n{folder}", flush=True)
-    resume = ["--resume"] if (folder / "last.pt").exists() else []
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    status = program.main([*flags.split(), "--out", str(folder), *resume])
-    if status:
-        raise SystemExit(status)  # the program has said why
-
-
-def speculation_model(name, quick):
-    """A model of SPECULATION, trained at the first call."""
-    folder = Path("out/speculate_quick" if quick else "out/speculate") / name
-    flags = SPECULATION[name]
-    if quick:
-        flags = "--d_model 16 --head_dim 8 --n_layer 1 --steps 2 --seq_len 64 --data scan.py"
-        flags += " --bpe 9" if name == "words" else ""
-    train_once(folder, flags)
-    return load(folder)[0]
 
 
 def write_both(model, drafter, prompts, count, k, temperature):
@@ -704,14 +698,12 @@ def bench_calls(c):
     model = LM(Config(("mamba2",) * (1 if c.quick else 12), **shape)).eval()
     text = torch.randint(256, (1, 100))
     _, state = prefill(model, text)
-    rows = []
     for path, call in (("eager", model), ("compiled", torch.compile(model, dynamic=False))):
         for width in (1, 2) if c.quick else (1, 5, 9, 17, 33):
             window = text[:, :width].contiguous()
             times = [timed(lambda: call(window, state)) for _ in range(60)]
-            rows += tell([{"table": "a call", "path": path, "bytes": width,
-                           "ms": 1e3 * statistics.median(times[10:])}])
-    return rows
+            yield {"table": "a call", "path": path, "bytes": width,
+                   "ms": 1e3 * statistics.median(times[10:])}
 
 
 def bench_speculate(c):
@@ -721,25 +713,25 @@ def bench_speculate(c):
     """
     keep_memory()
     corpus = load_corpus("scan.py" if c.quick else "python")
-    target = speculation_model("target", c.quick)
-    drafters = {"counts": CountDrafter(corpus.train),
-                "bytes": ByteDrafter(speculation_model("bytes", c.quick)),
-                "words": SubwordDrafter(speculation_model("words", c.quick))}
+    small = f"--d_model 16 --head_dim 8 --n_layer 1 --data scan.py {QUICK}" if c.quick else ""
+    target, byte_model, word_model = (
+        trained(folder_of(c, "speculate") / name, f"{flags} {small}")[0]
+        for name, flags in SPECULATION.items())
+    drafters = {"counts": CountDrafter(corpus.train), "bytes": ByteDrafter(byte_model),
+                "words": SubwordDrafter(word_model)}
     count = 8 if c.quick else 200
     starts = (0,) if c.quick else (50_000, 200_000, 350_000)
     prompts = [torch.tensor([corpus.val[start:start + 100].tolist()]) for start in starts]
-    rows = []
     for name, drafter in drafters.items():
         write_both(target, drafter, prompts[:1], 8, 2, 1.0)  # threads and libraries set up
         cells = [(k, temperature) for k in GUESSES[name] for temperature in (1.0, 0.0)]
         for k, temperature in cells[:1] if c.quick else cells:
-            row = {"table": "speculation", "path": name, "k": k, "temperature": temperature}
-            rows += tell([row | write_both(target, drafter, prompts, count, k, temperature)])
-    return rows
+            yield {"table": "speculation", "path": name, "k": k, "temperature": temperature,
+                   **write_both(target, drafter, prompts, count, k, temperature)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. gpu
+# 7. gpu
 
 GPU_SHAPES = ((8, 2048, 1536, 16), (1, 65536, 1536, 16),  # b, l, d, n
               (64, 512, 768, 16), (8, 2048, 1536, 64))
@@ -771,23 +763,6 @@ def limits(device, quick):
     return 2 * a.nbytes / copy, 8 * rounds * len(out) / exp
 
 
-def beside_the_floor(rows, copied, computed, b, l, d, n, dtype):
-    """To each row its time over that of the slower of both limits, for what it has to move and compute at least.
-
-    Forward reads x, dt, B, C and writes y, with one exponential per state and step. Backward reads those four and dy,
-    writes four gradients, and computes the exponentials again.
-    """
-    moved = getattr(torch, dtype).itemsize * b * l * (8 * d + 6 * n)
-    exps = 2 * b * l * d * n
-    floor = max(moved / copied, exps / computed)
-    for row in rows:
-        if "seconds" in row:
-            row |= {"useful_bytes_per_second": moved / row["seconds"],
-                    "useful_exps_per_second": exps / row["seconds"],
-                    "times_floor": row["seconds"] / floor}
-    return tell(rows)
-
-
 def make_decoding(path, b, count, quick, device):
     """count bytes for each of b texts, in bfloat16."""
     model = LM(published_config(quick)).to(device).eval()
@@ -799,81 +774,38 @@ def make_decoding(path, b, count, quick, device):
 
 
 def bench_gpu(c):
-    """The kernels beside the limits, in float32 and bfloat16; MambaByte's model for 1 and for 64 texts."""
-    if not c.quick:
-        if not torch.cuda.is_available():
-            raise UserError("gpu needs a CUDA GPU, and torch finds none here; on a CPU: "
-                            "python -m tests.bench scan, or gpu --quick with TRITON_INTERPRET=1")
-        c.device = "cuda"
+    """The kernels beside the limits, in float32 and bfloat16; MambaByte's model for 1 and 64 texts.
+
+    Of both limits the slower counts, for what a scan has to move and compute at least. Forward
+    reads x, dt, B, C and writes y, with one exponential per state and step. Backward reads those
+    four and dy, writes four gradients, and computes the exponentials again.
+    """
+    require(c.quick or torch.cuda.is_available(), "gpu needs a CUDA GPU, and torch finds none "
+            "here; on a CPU: python -m tests.bench scan, or gpu --quick with TRITON_INTERPRET=1")
+    c.device = c.device if c.quick else "cuda"
     copied, computed = limits(pick_device(c.device), c.quick)
     torch.cuda.empty_cache()  # 8 GB, which the workers may need
-    rows = tell([{"table": "ceilings", "bytes_per_second": copied, "exps_per_second": computed}])
+    yield {"table": "ceilings", "bytes_per_second": copied, "exps_per_second": computed}
     for dtype in ("float32", "bfloat16"):
         for b, l, d, n in ((2, 9, 3, 4),) if c.quick else GPU_SHAPES:
-            sizes = {"b": b, "l": l, "d": d, "n": n, "dtype": dtype}
-            cells = [Cell(path, make_scan, {"path": path, **sizes})
-                     for path in ("triton", "mamba-ssm", "chunked")]
-            found = compare("selective scan", "forward+backward", sizes, cells, c)
-            rows += beside_the_floor(found, copied, computed, **sizes)
+            moved = getattr(torch, dtype).itemsize * b * l * (8 * d + 6 * n)
+            exps = 2 * b * l * d * n
+            for row in compare(c, "selective scan", "forward+backward", make_scan,
+                               ("triton", "mamba-ssm", "chunked"),
+                               {"b": b, "l": l, "d": d, "n": n, "dtype": dtype}):
+                if seconds := row.get("seconds"):
+                    row |= {"useful_bytes_per_second": moved / seconds,
+                            "useful_exps_per_second": exps / seconds,
+                            "times_floor": seconds / max(moved / copied, exps / computed)}
+                yield row
     count = 2 if c.quick else 256
     for b in (1, 64):
-        args = {"b": b, "count": count, "quick": c.quick}
-        cells = [Cell(path, make_decoding, {"path": path, **args}, work=b * count)
-                 for path in ("eager", "compiled")]
-        rows += compare("decoding, 353M", "writing", {"b": b, "count": count}, cells, c)
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. The command line
-
-BENCHMARKS = {"scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
-              "s4": bench_s4, "published": bench_published, "calls": bench_calls,
-              "speculate": bench_speculate, "gpu": bench_gpu}
-
-
-def hardware():
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":")[1].strip()
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-             "python": platform.python_version(), "torch": torch.__version__}
-    for peer in ("mambapy", "transformers", "mamba-ssm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[peer] = importlib.metadata.version(peer)
-    return found
-
-
-def run(argv, module, table, prefix):
-    """The command line of a table {name: function of the flags}: measure, print, and write PREFIX_NAME.json."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    usage = f"python -m {module} {'|'.join(table)}"
-    name = argv[0] if argv and not argv[0].startswith("-") else None
-    c, _ = parse(Flags, argv[1:] if name else argv, usage)
-    if name not in table:
-        raise UserError(f"{name or 'no name'} is not among what can be measured: {usage}")
-    c.rounds = 1 if c.quick else c.rounds
-    result = {"benchmark": name, "command": " ".join([f"python -m {module}", *argv]),
-              "hardware": hardware(),
-              "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    print(", ".join(f"{key} {value}" for key, value in result["hardware"].items() if value))
-    result["rows"] = table[name](c)
-    if c.json or not c.quick:
-        path = Path(c.json or ASSETS / f"{prefix}_{name}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path}")
-    return 0
-
-
-@script
-def main(argv):
-    return run(argv, "tests.bench", BENCHMARKS, "bench")
+        yield from compare(c, "decoding, 353M", "writing", make_decoding, ("eager", "compiled"),
+                           {"b": b, "count": count}, b * count, quick=c.quick)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("tests.bench", "bench", {
+        "scan": bench_scan, "ssd": bench_ssd, "train": bench_train, "decode": bench_decode,
+        "s4": bench_s4, "published": bench_published, "calls": bench_calls,
+        "speculate": bench_speculate, "gpu": bench_gpu})

@@ -11,37 +11,36 @@ go to assets/context_NAME.json, and python -m tests.figures draws them.
 import dataclasses
 import math
 import random
-import shutil
-import sys
-from pathlib import Path
 
 import torch
 
 import train
 from data.corpus import load_corpus
-from model import LM, Config, load
-from tests.bench import run, tell
-from tests.studies import by_position, each_nats, read_through, window_nats, with_config
-from train import evaluate, keep_memory, prediction_loss, script, surprise
-
-ROOT = Path("out/contexts")
-QUICK = "--data tests/contexts.py --steps 2 --batch_size 2 --seq_len 16"
+from model import LM, Config
+from tests.bench import QUICK, folder_of, run, trained
+from tests.studies import (by_position, each_nats, position_rows, text_nats, window_nats,
+                           with_config)
+from train import evaluate, keep_memory, surprise
 
 
-def trained(c, folder, flags, make_model=None, loss_of=None):
-    """A run's model, trained at the first call: train.py's flags, but for the model or the loss that is given."""
-    folder = (ROOT / "quick" if c.quick else ROOT) / folder
-    if not (folder / "best.pt").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # stopped: it begins again
-        words = [*flags.split(), "--device", c.device, "--out", str(folder)]
-        run_flags, _ = train.parse(train.Flags, words + (QUICK.split() if c.quick else []), "")
-        torch.manual_seed(run_flags.seed)
-        model = make_model() if make_model else LM(train.make_config(run_flags))
-        corpus, objective = train.load_data(run_flags)
-        where = (0, 1, train.pick_device(c.device))
-        if train.fit(run_flags, where, model, {}, corpus, objective, loss_of):
-            raise KeyboardInterrupt
-    return load(folder, c.device)[0]
+def model_of(c, name, flags, make_model=None, loss_of=None):
+    """A run's model, trained at the first call: by train.py, but for the model or the loss that is
+    given. A loss may remember more than a checkpoint does, so such a run is not resumed."""
+    def fit(argv):
+        run_flags, given = train.parse(train.Flags, argv, "")
+        with train.claim(run_flags.out):
+            run_flags, model, extra = train.open_run(run_flags, given)
+            torch.manual_seed(run_flags.seed)
+            model = model or make_model()
+            where = (0, 1, train.pick_device(c.device))
+            return train.fit(run_flags, where, model, extra, *train.load_data(run_flags), loss_of)
+
+    flags += f" --device {c.device}"
+    if c.quick:
+        flags += f" {QUICK} --data tests/contexts.py --seq_len 16"
+    program = fit if make_model else train.main
+    model, _ = trained(folder_of(c, "contexts") / name, flags, program, resume=not loss_of)
+    return model.to(c.device)
 
 
 def validation(c, count=400_000):
@@ -57,8 +56,7 @@ def rows_by_position(c, model, length, **row):
     stride = max(length, (len(data) - length) // 23)
     piece = 512 if model.constant_memory else length
     nats = window_nats(model, data, length, stride, 4 if model.constant_memory else 1, piece)
-    return tell([{"table": "position", **row, "from": a, "to": b, "bpb": bpb}
-                 for a, b, bpb in by_position(nats)])
+    return position_rows(by_position(nats), table="position", **row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,15 +72,12 @@ def study_mamba3(c):
     runs["mamba2 without convolution, 1,000 steps"] = "--steps 1000"
     for layer in ("mamba2", "mamba3"):
         runs[f"{layer}, 2 minutes"] = f"--layer {layer} --minutes 2"
-    rows = []
     for name, flags in runs.items():
         one_tap = dataclasses.replace(train.make_config(train.Flags()), d_conv=1)
         make = (lambda: LM(one_tap)) if "without" in name else None
-        flags += " --minutes 0" if c.quick else ""
-        model = trained(c, "mamba3_" + name.replace(" ", "_").replace(",", ""), flags, make)
+        model = model_of(c, "mamba3_" + name.replace(" ", "_").replace(",", ""), flags, make)
         bits = evaluate(model, validation(c, 10**6), 128, 64)[0]
-        rows += tell([{"table": "mamba3", "path": name, "bpb": bits}])
-    return rows
+        yield {"table": "mamba3", "path": name, "bpb": bits}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,20 +116,18 @@ def study_carry(c):
     sizes = {"s4d": "--layer s4d --n_layer 7 --steps 1000",
              "mamba": "--layer mamba --d_model 184 --steps 700",
              "mamba2": "--layer mamba2 --steps 1500"}
-    rows = []
     for layer, flags in sizes.items():
-        base = trained(c, f"carry_{layer}", flags)
+        base = model_of(c, f"carry_{layer}", flags)
         steps = int(flags.split()[-1]) // 10
         for p in (0.0, 0.5):
-            loss_of = StatePassing(p) if p else prediction_loss
+            loss_of = StatePassing(p) if p else None  # the usual one
             more = f"--steps {steps} --lr 1e-3 --warmup 10 --seed 2"
-            model = trained(c, f"carry_{layer}_{p}", more, lambda: with_config(base), loss_of)
+            model = model_of(c, f"carry_{layer}_{p}", more, lambda: with_config(base), loss_of)
             bits = [evaluate(model, validation(c, 10**6), 128, 64, carried=carried)[0]
                     for carried in (False, True)]
-            rows += tell([{"table": "carried", "path": layer, "passed": p,
-                           "windows": bits[0], "carried": bits[1]}])
-            rows += rows_by_position(c, model, 64 if c.quick else 2**14, path=layer, passed=p)
-    return rows
+            yield {"table": "carried", "path": layer, "passed": p, "windows": bits[0],
+                   "carried": bits[1]}
+            yield from rows_by_position(c, model, 64 if c.quick else 2**14, path=layer, passed=p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,12 +160,8 @@ def repeated(c, model, distance, size=32, count=32):
     starts = torch.arange(count) * ((len(data) - distance) // count)
     rows = torch.stack([data[s:s + distance + size] for s in starts.tolist()])
     rows[:, -size:] = rows[:, :size]
-    piece = 512 if model.constant_memory else distance + size
-    nats = []
-    for group in rows.split(8 if model.constant_memory else 2):
-        found = read_through(model, group[:, :-1], group[:, 1:], piece, each_nats)
-        nats.append(torch.cat(found, dim=1)[:, -size:])
-    return torch.cat(nats).mean().item() / math.log(2)
+    batch, piece = (8, 512) if model.constant_memory else (2, distance + size)
+    return text_nats(model, rows, batch, piece)[:, -size:].mean().item() / math.log(2)
 
 
 def study_lengths(c):
@@ -181,22 +170,20 @@ def study_lengths(c):
     flags = {"attention": f"--layer attention --d_model 144 --lr 2e-3 {steps}",
              "mamba2": f"--layer mamba2 {steps}", "mamba3": f"--layer mamba3 {steps}",
              "hybrid": f"--layer mamba2,attention --n_layer 4 --d_model 160 {steps}"}
-    models = {name: trained(c, f"lengths_{name}", line) for name, line in flags.items()}
+    models = {name: model_of(c, f"lengths_{name}", line) for name, line in flags.items()}
     base = models.pop("attention")
     models["hybrid"] = stretched(models["hybrid"])
     long = f"--steps 100 --batch_size 4 --seq_len {FACTOR * LENGTH} --lr 5e-4 --warmup 10"
     for how in ("plain", "interpolation", "ntk", "parts"):
         models[f"attention, {how}, not tuned"] = stretched(base, how)
-        models[f"attention, {how}"] = trained(c, f"lengths_{how}", long,
-                                              lambda: stretched(base, how))
-    rows = []
+        models[f"attention, {how}"] = model_of(c, f"lengths_{how}", long,
+                                               lambda: stretched(base, how))
     for name, model in models.items():
-        rows += rows_by_position(c, model, 64 if c.quick else 16 * LENGTH, path=name)
+        yield from rows_by_position(c, model, 64 if c.quick else 16 * LENGTH, path=name)
         for distance in (LENGTH, 4 * LENGTH, 16 * LENGTH):
             distance = distance // 16 if c.quick else distance - 32  # the window ends at its length
-            rows += tell([{"table": "repeated", "path": name, "distance": distance,
-                           "bpb": repeated(c, model, distance)}])
-    return rows
+            yield {"table": "repeated", "path": name, "distance": distance,
+                   "bpb": repeated(c, model, distance)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,33 +221,22 @@ def study_overfill(c):
     """The default run's Mamba-2 and a student of half its width with twice the expansion: their states have one shape,
     so that nothing is converted. Two seeds, 800 steps of 8 windows of 256; a student alone reads the prompt itself."""
     shape = {"expand": 2, "head_dim": 32, "d_state": 32, "tie": False, "layers": ("mamba2",) * 3}
-    large = trained(c, "overfill_teacher", "--steps 2200",
-                    lambda: LM(Config(d_model=192, **shape)))
+    large = model_of(c, "overfill_teacher", "--steps 2200",
+                     lambda: LM(Config(d_model=192, **shape)))
     small = Config(d_model=96, **shape | {"expand": 4})
-    rows = []
     cases = [("the large model", 0, large, large)]
     for seed in (1, 2):
         flags = f"--steps 800 --seq_len {2 * PROMPT} --seed {seed}"
-        alone = trained(c, f"overfill_alone_{seed}", flags, lambda: LM(small))
-        student = trained(c, f"overfill_filled_{seed}", flags, lambda: LM(small), filled(large))
+        alone = model_of(c, f"overfill_alone_{seed}", flags, lambda: LM(small))
+        student = model_of(c, f"overfill_filled_{seed}", flags, lambda: LM(small), filled(large))
         cases += [("the small one alone", seed, alone, alone),
                   ("the small one after the large", seed, large, student)]
     for name, seed, reader, writer in cases:
         nats = after_the_switch(c, reader, writer)
-        rows += tell([{"table": "overfill", "path": name, "seed": seed, "from": a, "to": b,
-                       "bpb": bpb} for a, b, bpb in by_position(nats, 5)])
-    return rows
-
-
-STUDIES = {"mamba3": study_mamba3, "carry": study_carry, "lengths": study_lengths,
-           "overfill": study_overfill}
-
-
-@script
-def main(argv):
-    return run(argv, "tests.contexts", STUDIES, "context")
+        yield from position_rows(by_position(nats, 5), table="overfill", path=name, seed=seed)
 
 
 if __name__ == "__main__":
     keep_memory()
-    sys.exit(main())
+    run("tests.contexts", "context", {"mamba3": study_mamba3, "carry": study_carry,
+                                      "lengths": study_lengths, "overfill": study_overfill})

@@ -56,6 +56,6 @@ def corrupt(x, noise, seed=0):
     except ValueError:
         p = -1.0
     if noise and (name not in NOISES or not 0 <= p <= 1 or (p > 0) != (name in ("drop", "repeat", "swap"))):
-        raise UserError(f"--noise {noise} is not one of drop:P, repeat:P, swap:P with 0 < P <= 1, "
+        raise UserError(f"noise {noise} is not one of drop:P, repeat:P, swap:P with 0 < P <= 1, "
                         "upper, random_case, antspeak")
     return NOISES[name](x, p, np.random.default_rng(seed)) if noise else x

@@ -21,7 +21,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -33,93 +32,53 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import distill
-import train
 from data.corpus import load_corpus
 from data.files import require
 from data.synthetic import NO_TARGET, TASKS, recall
 from distill import freeze, make_loss, make_student, replaced
 from model import LM, Config, load
 from sample import prefill
-from tests.bench import (Cell, compare, kinds_of_memory, our_config, run, tell, train_once,
+from tests.bench import (QUICK, compare, folder_of, our_config, run, trained, training_step,
                          write_after)
 from tests.noise import corrupt
-from train import evaluate, keep_memory, make_optimizer, prediction_loss, script
+from train import evaluate, keep_memory, make_optimizer, prediction_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Selection
-
-
-def selection_runs(root, quick):
-    """(folder, task, layer, flags) of every run; the last two of a task are scored.
-
-    Training in windows of 256 begins with the weights of a run in short ones, since 1 to 4 targets in 256 letters may
-    teach nothing in minutes.
-    """
-    shape = "--d_model 64 --n_layer 2"
-    steps = "--steps 2" if quick else ""
-    short = {"selective_copy": "--seq_len 64 --batch_size 32",
-             "induction": "--seq_len 32 --batch_size 64"}
-    long = {"selective_copy": "--lr 5e-3 --steps 800", "induction": "--lr 2e-3 --steps 300"}
-    runs = []
-    for task in short:
-        for layer in ("mamba", "s4d"):
-            first = root / f"{task}_{layer}_short"
-            flags = f"--data {task} --layer {layer} {shape} {short[task]} --lr 5e-3 --steps 800"
-            runs.append((first, None, layer, f"{flags} {steps}"))
-            flags = f"--data {task} --init {first} --seq_len 256 --batch_size 16 {long[task]}"
-            runs.append((root / f"{task}_{layer}", task, layer, f"{flags} {steps}"))
-    return runs
+# 1. How models are scored
 
 
 @torch.inference_mode()
 def read_through(model, tokens, targets, piece, score):
-    """score(logits, targets) of each piece of tokens (b, l), read with the state carried along.
-
-    Pieces bound the memory and leave the result as it is.
-    """
+    """score(logits, targets), (b, l), of tokens (b, l), read in pieces with the state carried
+    along: pieces bound the memory and leave the result as it is."""
     found = []
     state = None
     for t, y in zip(tokens.split(piece, dim=1), targets.split(piece, dim=1)):
         logits, state = model(t, state)
         found.append(score(logits, y))
-    return found
+    return torch.cat(found, dim=1)
 
 
 def score(model, tokens, targets, piece=2**16):
     """Share of the targets guessed right, in all of the window and in its last quarter."""
     tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
     hits = read_through(model, tokens, targets, piece, lambda logits, y: logits.argmax(-1) == y)
-    hits = torch.cat(hits, dim=1)
     late = tokens.shape[1] * 3 // 4
     return {name: (hits[:, first:].sum() / (targets[:, first:] != NO_TARGET).sum()).item()
             for name, first in (("accuracy", 0), ("last_quarter", late))}
 
 
-def study_selection(c):
-    """Two layers of width 64, trained in windows of 256 in a few minutes per run; then windows of up to 16,384."""
-    rows = []
-    root = Path("out/selection_quick" if c.quick else "out/selection")
-    for folder, task, layer, flags in selection_runs(root, c.quick):
-        train_once(folder, flags)
-        if task is None:
-            continue
-        model, extra = load(folder / "last.pt")
-        for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14):
-            count = min(256, 2**20 // length)
-            windows = TASKS[task](length, count, 2**63, length)
-            share = score(model, *windows, piece=max(1, 2**16 // count))["accuracy"]
-            rows += tell([{"table": task, "path": layer, "length": length, "windows": count,
-                           "accuracy": share, "steps": extra["step"]}])
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Loss by position
-
-
 def each_nats(logits, targets):
     """Nats of every target: logits (b, l, v), targets (b, l) -> (b, l)."""
     return F.cross_entropy(logits.mT, targets, reduction="none")
+
+
+def text_nats(model, texts, batch_size, piece=512):
+    """Nats of each byte of texts (n, l + 1) but the first, each text from an empty state."""
+    model.eval()
+    parts = tqdm(texts.split(batch_size), leave=False, disable=None)
+    return torch.cat([read_through(model, part[:, :-1], part[:, 1:], piece, each_nats).cpu()
+                      for part in parts])
 
 
 def window_nats(model, data, length, stride, batch_size, piece=512):
@@ -129,18 +88,9 @@ def window_nats(model, data, length, stride, batch_size, piece=512):
     window, are what MambaByte reports: none is scored twice, and after the first window none with less than half a
     window before it. The last bytes, up to stride - 1 of them, are in no window.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    read = np.concatenate([np.frombuffer(b"\n", np.uint8), data[:-1]])
-    starts = np.arange(0, len(data) - length + 1, stride)
-
-    rows = []
-    for part in tqdm(range(0, len(starts), batch_size), leave=False, disable=None):
-        index = starts[part:part + batch_size, None] + np.arange(length)  # (b, length)
-        arrays = [text[index].astype(np.int64) for text in (read, data)]
-        tokens, targets = (torch.from_numpy(array).to(device) for array in arrays)
-        rows.append(torch.cat(read_through(model, tokens, targets, piece, each_nats), dim=1).cpu())
-    return torch.cat(rows)
+    text = np.concatenate([[ord("\n")], data]).astype(np.int64)
+    text = torch.from_numpy(text).to(next(model.parameters()).device)
+    return text_nats(model, text.unfold(0, length + 1, stride), batch_size, piece)
 
 
 def sliding_bpb(nats, stride):
@@ -156,10 +106,47 @@ def by_position(nats, parts=7):
     return [(a, b, nats[:, a:b].mean().item() / math.log(2)) for a, b in pairs]
 
 
+def position_rows(parts, **row):
+    """Rows of by_position's parts."""
+    return [{**row, "from": a, "to": b, "bpb": bpb} for a, b, bpb in parts]
+
+
 def word_perplexity(bits, text):
     """2^(bits / words), what a model over words would have to reach; words of `text` are what white space separates."""
     words = max(len(bytes(text).split()), 1)
     return 2 ** min(bits / words, 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Selection
+
+SHORT = {"selective_copy": "--seq_len 64 --batch_size 32",
+         "induction": "--seq_len 32 --batch_size 64"}
+LONG = {"selective_copy": "--lr 5e-3 --steps 800", "induction": "--lr 2e-3 --steps 300"}
+
+
+def study_selection(c):
+    """Two layers of width 64, trained in windows of 256 in a few minutes per run; then windows of
+    up to 16,384.
+
+    Training in windows of 256 begins with the weights of a run in short ones, since 1 to 4 targets
+    in 256 letters may teach nothing in minutes.
+    """
+    root = folder_of(c, "selection")
+    quick = QUICK if c.quick else ""
+    for task in SHORT:
+        for layer in ("mamba", "s4d"):
+            short = root / f"{task}_{layer}_short"
+            trained(short, f"--data {task} --layer {layer} --d_model 64 --n_layer 2 {SHORT[task]} "
+                    f"--lr 5e-3 --steps 800 {quick}")
+            model, extra = trained(root / f"{task}_{layer}", f"--data {task} --init {short} "
+                                   f"--seq_len 256 --batch_size 16 {LONG[task]} {quick}")
+            for length in (64,) if c.quick else (64, 256, 1024, 4096, 2**14):
+                count = min(256, 2**20 // length)
+                windows = TASKS[task](length, count, 2**63, length)
+                share = score(model, *windows, piece=max(1, 2**16 // count))["accuracy"]
+                yield {"table": task, "path": layer, "length": length, "windows": count,
+                       "accuracy": share, "steps": extra["step"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +160,6 @@ NOISES = ("", "drop:0.05", "drop:0.3", "repeat:0.05", "repeat:0.3", "antspeak", 
 
 def study_robust(c):
     """MambaByte's robustness: noise of several kinds, and texts 64 times as long as the windows of training."""
-    rows = []
     for name, path in TRAINED.items():
         if c.quick:
             model = LM(our_config(name, 32, 1))
@@ -185,11 +171,9 @@ def study_robust(c):
             val = load_corpus(extra["flags"]["data"]).val
         for noise in NOISES:
             bpb, _ = evaluate(model, corrupt(val, noise), seq_len, 16)
-            rows += tell([{"table": "noise", "path": name, "noise": noise or "none", "bpb": bpb}])
+            yield {"table": "noise", "path": name, "noise": noise or "none", "bpb": bpb}
         for key, parts in curves(name, model, val, seq_len).items():
-            rows += tell([{"table": "position", "path": f"{name}, {key}",
-                           "from": a, "to": b, "bpb": bpb} for a, b, bpb in parts])
-    return rows
+            yield from position_rows(parts, table="position", path=f"{name}, {key}")
 
 
 def curves(name, model, val, seq_len):
@@ -215,68 +199,57 @@ def curves(name, model, val, seq_len):
 # 4. Distill: a transformer, its students, and the same students without it
 
 SHARES = (0.5, 0.25, 0.125, 0.0)  # of the layers that stay attention
-RUNS = Path("out/bench_distill")
 
 
-def distillation_runs(root, quick):
-    """(folder, flags, program) of every run, in an order in which they can be made.
-
-    A student reads a fifth of its teacher's bytes: a quarter of them to align its layers, the others end to end. From
-    scratch it reads as many, or half as many more, which takes longer than distillation with the teacher's reading.
-    """
-    data = "--data shakespeare --seq_len 256"
-    shape = "--n_layer 8 --d_model 64 --n_head 2 --batch_size 16 --steps 600"
-    align = 2 if quick else 60
-    rest = 3 * align
-    batch = 2 if quick else 8
-    if quick:
-        data = f"--data {Path(__file__)} --seq_len 16"
-        shape = "--n_layer 2 --d_model 16 --n_head 2 --batch_size 4 --steps 8"
-    runs = [(root / "teacher", f"--layer attention {shape} --lr 3e-3 {data}", train)]
-    for share in SHARES:
-        student = (f"--teacher {root / 'teacher'} --keep_attention {share} --batch_size {batch} "
-                   f"--warmup 10 {data}")
-        for mixers in ("attention", "random"):
-            end = root / f"{share}_{mixers}"
-            first = f"{student} --mixers {mixers} --stage align --lr 1e-2 --steps {align}"
-            then = f"{student} --student {aligned(end)} --lr 8e-3 --steps {rest}"
-            runs += [(aligned(end), first, distill), (end, then, distill)]
-        scratch = f"{student} --mixers scratch --kl 0 --ce 1"
-        steps = align + rest
-        runs += [(root / f"{share}_scratch", f"{scratch} --steps {steps}", distill),
-                 (root / f"{share}_scratch_longer", f"{scratch} --steps {3 * steps // 2}", distill)]
-    return runs
-
-
-def aligned(folder):
-    """The run of a student's first stage."""
-    return folder.with_name(folder.name + "_aligned")
-
-
-def beginning(flags, val):
-    """Bits per byte of a student as it was made."""
-    teacher, _ = load(flags["teacher"])
-    torch.manual_seed(flags["seed"])
-    student = make_student(teacher, flags["keep_attention"], flags["mixers"])
-    return evaluate(student, val, flags["seq_len"], 16)[0]
-
-
-def describe_run(folder):
-    """A row: bits per byte before the first step, after alignment and at the end; KL, the divergence from the teacher
-    in the last 20 steps, where students of one teacher read the same windows; bytes and seconds of all stages."""
-    stages = [stage for stage in (aligned(folder), folder) if stage.exists()]
+def describe(*stages):
+    """A row of a run, made in one stage or two: bits per byte as it began, after alignment and at
+    the end; KL, the divergence from the teacher in the last 20 steps, where students of one teacher
+    read the same windows; bytes and seconds of all stages."""
     logs = [[json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
             for stage in stages]
     ends = [log[-1] for log in logs]
-    row = {"table": "distillation", "model": folder.name, "val_bpb": ends[-1]["val_bpb"],
+    row = {"table": "distillation", "model": stages[-1].name, "val_bpb": ends[-1]["val_bpb"],
            "bytes": sum(end["bytes"] for end in ends),
            "seconds": sum(end["seconds"] for end in ends)}
     if len(stages) == 2:
         flags = load(stages[0])[1]["flags"]
+        teacher, _ = load(flags["teacher"])
+        torch.manual_seed(flags["seed"])
+        student = make_student(teacher, flags["keep_attention"], flags["mixers"])  # as it began
+        first, _ = evaluate(student, load_corpus(flags["data"]).val, flags["seq_len"], 16)
         losses = [line["train_bpb"] for line in logs[1] if line["train_bpb"] is not None]
-        row |= {"first_bpb": beginning(flags, load_corpus(flags["data"]).val),
-                "aligned_bpb": ends[0]["val_bpb"], "kl": statistics.mean(losses[-20:])}
+        row |= {"first_bpb": first, "aligned_bpb": ends[0]["val_bpb"],
+                "kl": statistics.mean(losses[-20:])}
     return row
+
+
+def distillation_rows(c, root):
+    """A student reads a fifth of its teacher's bytes: a quarter of them to align its layers, the
+    others end to end. From scratch it reads as many, or half as many more, which takes longer than
+    distillation with the teacher's reading."""
+    data = "--data shakespeare --seq_len 256"
+    if c.quick:
+        data = f"--data tests/studies.py --seq_len 16 {QUICK}"
+    shape = "--n_layer 2 --d_model 16" if c.quick else "--n_layer 8 --d_model 64"
+    teacher = root / "teacher"
+    trained(teacher, f"--layer attention {shape} --n_head 2 --batch_size 16 --steps 600 --lr 3e-3 "
+            f"{data}")
+    yield describe(teacher)
+    for share in SHARES:
+        student = f"--teacher {teacher} --keep_attention {share} --batch_size 8 --warmup 10"
+        for mixers in ("attention", "random"):
+            end = root / f"{share}_{mixers}"
+            aligned = root / f"{share}_{mixers}_aligned"
+            trained(aligned, f"{student} --mixers {mixers} --stage align --lr 1e-2 --steps 60 "
+                    f"{data}", distill.main)
+            trained(end, f"{student} --student {aligned} --lr 8e-3 --steps 180 {data}",
+                    distill.main)
+            yield describe(aligned, end)
+        for name, steps in (("scratch", 240), ("scratch_longer", 360)):
+            folder = root / f"{share}_{name}"
+            trained(folder, f"{student} --mixers scratch --kl 0 --ce 1 --steps {steps} {data}",
+                    distill.main)
+            yield describe(folder)
 
 
 def make_distillation(path, share, b, l, d_model, n_layer, device):
@@ -288,16 +261,9 @@ def make_distillation(path, share, b, l, d_model, n_layer, device):
     mixers = replaced(student, teacher)
     freeze(student, c.stage, mixers)
     loss_of = prediction_loss if path == "training" else make_loss(c, teacher, mixers)
-    optimizer = make_optimizer(student, c.lr, c.weight_decay)
     tokens, targets = torch.randint(256, (2, b, l), device=device)
-
-    def step():
-        loss_of(student, tokens, targets).backward()
-        nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    optimizer = make_optimizer(student, c.lr, c.weight_decay)
+    return training_step(student, optimizer, lambda: loss_of(student, tokens, targets))
 
 
 def with_config(model, **changes):
@@ -312,45 +278,31 @@ def unlimited(folder, device="cpu"):
     return with_config(load(folder, device)[0], window=0)
 
 
-def make_run_context(folder, context, count, device):
+def make_run_context(path, root, context, count, device):
     """count bytes after a context, by a run's model."""
-    model = unlimited(folder, device)
+    model = unlimited(root / path, device)
     return write_after(model, torch.randint(256, (1, context), device=device), count)
 
 
-def state_mb(folder, context):
-    """What a model keeps after context bytes."""
-    _, state = prefill(unlimited(folder), torch.randint(256, (1, context)))
-    return sum(t.nbytes for layer in state for t in layer) / 1e6
-
-
 def study_distill(c):
-    """The runs of distillation_runs; then the price of a step, and speed and memory of writing."""
-    root = Path(tempfile.mkdtemp()) if c.quick else RUNS
+    """The runs; then the price of a step, speed and memory of writing, and what models keep of a
+    context."""
+    root = folder_of(c, "bench_distill")
+    yield from distillation_rows(c, root)
     size = {"b": 8, "l": 256, "d_model": 64, "n_layer": 8}
     if c.quick:
         size = {"b": 2, "l": 16, "d_model": 16, "n_layer": 2}
-    runs = distillation_runs(root, c.quick)
-    for folder, flags, program in runs:
-        train_once(folder, flags, program)
-    ends = [folder for folder, *_ in runs if not folder.name.endswith("aligned")]
-    rows = tell([describe_run(folder) for folder in ends])
-    kind, = kinds_of_memory(c, "kept")
     for share in SHARES:
-        args = {"share": share, **size}
-        cells = [Cell(path, make_distillation, {"path": path, **args}, kind, size["b"] * size["l"])
-                 for path in ("training", "all")]
-        rows += compare("distillation step", "step", {"share": share}, cells, c)
-    names = ["teacher"] + [f"{share}_attention" for share in SHARES]
+        yield from compare(c, "distillation step", "step", make_distillation,
+                           {"kept": ("training", "all")}, {"share": share},
+                           size["b"] * size["l"], **size)
+    paths = ["teacher"] + [f"{share}_attention" for share in SHARES]
     for context in (16,) if c.quick else (256, 2048, 8192):
-        args = {"context": context, "count": 32}
-        cells = [Cell(name, make_run_context, {"folder": root / name, **args}, work=32)
-                 for name in names]
-        found = compare("writing after a context", "writing", {"context": context}, cells, c)
-        for row in found:
-            row["state_mb"] = state_mb(root / row["path"], context)
-        rows += tell(found)
-    return rows
+        for row in compare(c, "writing after a context", "writing", make_run_context, paths,
+                           {"context": context}, 32, root=root, count=32):
+            _, state = prefill(unlimited(root / row["path"]), torch.randint(256, (1, context)))
+            row["state_mb"] = sum(t.nbytes for layer in state for t in layer) / 1e6
+            yield row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,13 +323,13 @@ def state_runs(root, quick):
     cells = [(task, layer, 16) for task in TASK_FLAGS for layer in HOLDERS]
     cells += [("recall", "mamba2", n) for n in SIZES if n != 16]
     shape = "--n_layer 2 --d_model 64 --head_dim 16 --n_head 1 --device cpu --dtype float32"
-    steps = "--steps 2 --batch_size 2" if quick else ""
     runs = {}
     for task, layer, n in cells:
         for lr in RATES:
             flags = f"--data {task} --layer {layer} --d_state {n} {shape} {TASK_FLAGS[task]}"
             folder = root / f"{task}_{layer.replace(',', '+')}_{n}_{lr:g}"
-            runs.setdefault((task, layer, n), {})[lr] = folder, f"{flags} --lr {lr} {steps}"
+            runs.setdefault((task, layer, n), {})[lr] = (
+                folder, f"{flags} --lr {lr} {QUICK if quick else ''}")
     return runs
 
 
@@ -386,7 +338,7 @@ def train_all(runs, log):
     torch.set_num_threads(1)
     for folder, flags in runs:
         with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
-            train_once(folder, flags)
+            trained(folder, flags)
         print(f"  {folder} has ended", flush=True)
 
 
@@ -412,41 +364,41 @@ def train_by_two(runs, root):
 
 def study_state(c):
     """Two layers of width 64, each task with three learning rates; recall also by number of pairs, at the best rate."""
-    root = Path("out/state_quick" if c.quick else "out/state")
+    root = folder_of(c, "state")
     runs = state_runs(root, c.quick)
     train_by_two([run for cell in runs.values() for run in cell.values()], root)
-    rows = []
-    best = {}
+    best = {}  # (accuracy, rate, model, length) of a cell
     for (task, layer, n), cell in runs.items():
         found = []
         for lr, (folder, _) in cell.items():
             model, extra = load(folder)
             length = extra["flags"]["seq_len"]
-            found.append({"table": "layers" if n == 16 else "sizes", "path": layer, "task": task,
-                          "n": n, "lr": lr, "steps": extra["step"], "length": length,
-                          **score(model, *TASKS[task](length, 512, 2**63, 0))})
-        rows += tell(found)
-        best[task, layer, n] = max(found, key=lambda row: row["accuracy"])["lr"]
+            row = {"table": "layers" if n == 16 else "sizes", "path": layer, "task": task, "n": n,
+                   "lr": lr, "steps": extra["step"], "length": length,
+                   **score(model, *TASKS[task](length, 512, 2**63, 0))}
+            found.append((row["accuracy"], lr, model, length))
+            yield row
+        best[task, layer, n] = max(found, key=lambda run: run[0])
     for layer, n in [*(("mamba2", n) for n in SIZES), ("mamba2,attention", 16)]:
-        lr = best["recall", layer, n]
-        model, extra = load(runs["recall", layer, n][lr][0])
-        length = extra["flags"]["seq_len"]
-        rows += tell([{"table": "pairs", "path": f"{layer}, n = {n}", "pairs": pairs, "lr": lr,
-                       **score(model, *recall(length, 512, 2**63, 0, pairs))} for pairs in PAIRS])
-    return rows
+        _, lr, model, length = best["recall", layer, n]
+        for pairs in PAIRS:
+            yield {"table": "pairs", "path": f"{layer}, n = {n}", "pairs": pairs, "lr": lr,
+                   **score(model, *recall(length, 512, 2**63, 0, pairs))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Ninety seconds of tiny Shakespeare
 
+ATTENTION = "--layer attention --d_model 128 --n_layer 4"
 SHAKESPEARE = {
     "mamba2": "--d_state 16 --seq_len 256",
     "mamba": "--layer mamba --d_model 184 --d_state 8 --seq_len 256 --lr 6e-3",
-    "attention": "--layer attention --d_model 128 --n_layer 4 --seq_len 256 --lr 2e-3",
-    "attention, nanoGPT's sizes": "--layer attention --d_model 128 --n_layer 4 --seq_len 64 --batch_size 12 --lr 1e-3 "
+    "attention": f"{ATTENTION} --seq_len 256 --lr 2e-3",
+    "attention, nanoGPT's sizes": f"{ATTENTION} --seq_len 64 --batch_size 12 --lr 1e-3 "
                                   "--warmup 100"}
-NANOGPT = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-           "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")  # its README, for a laptop
+NANOGPT = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+           "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+           "--lr_decay_iters=2000 --dropout=0.0")  # its README, for a laptop
 
 
 class NanoGPT(nn.Module):
@@ -475,42 +427,29 @@ class NanoGPT(nn.Module):
 
 def study_shakespeare(c):
     """The whole validation split, the same last 10 % for all, in windows of 64 and, where they fit, of 256."""
-    root = Path("out/shakespeare_quick" if c.quick else "out/shakespeare")
+    root = folder_of(c, "shakespeare")
     val = load_corpus("shakespeare").val[:2000 if c.quick else None]
     models = {}
     for name, flags in SHAKESPEARE.items():
-        folder = root / name.split()[-1]
-        train_once(folder, f"--data shakespeare {flags} {'--steps 2' if c.quick else '--minutes 1.5'}")
-        model, extra = load(folder / "last.pt")
-        models[name] = (model, extra["step"], extra["seconds"], extra["flags"]["seq_len"])
+        model, extra = trained(root / name.split()[-1], f"--data shakespeare --minutes 1.5 {flags} "
+                               f"{QUICK if c.quick else ''}")
+        models[name] = model, extra["step"], extra["seconds"], extra["flags"]["seq_len"]
     if "NANOGPT" in os.environ:
         folder = Path(os.environ["NANOGPT"]).resolve()
         began = time.perf_counter()
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT.split()]
         subprocess.run(command + ["--max_iters=250"] * c.quick, cwd=folder, check=True)
         models["nanoGPT"] = NanoGPT(folder), 250 if c.quick else 2000, time.perf_counter() - began, 64
-    rows = []
     for name, (model, steps, seconds, longest) in models.items():
         row = {"table": "shakespeare", "path": name, "steps": steps, "seconds": seconds,
                "parameters": sum(p.numel() for p in model.parameters())}
         for length in {64, longest}:
             row[f"nats_{length}"] = evaluate(model, val, length, 2**13 // length)[0] * math.log(2)
-        rows += tell([row])
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The command line
-
-STUDIES = {"selection": study_selection, "robust": study_robust, "distill": study_distill,
-           "state": study_state, "shakespeare": study_shakespeare}
-
-
-@script
-def main(argv):
-    return run(argv, "tests.studies", STUDIES, "study")
+        yield row
 
 
 if __name__ == "__main__":
     keep_memory()
-    sys.exit(main())
+    run("tests.studies", "study", {
+        "selection": study_selection, "robust": study_robust, "distill": study_distill,
+        "state": study_state, "shakespeare": study_shakespeare})

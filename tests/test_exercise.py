@@ -1,5 +1,6 @@
-"""exercise.py: what is printed fails the tests that grade it, and our text passes them; who is wrong reads a claim."""
+"""tests/exercise.py: what is printed fails the tests that grade it, and our text passes."""
 import inspect
+from itertools import product
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -7,42 +8,28 @@ from _pytest.runner import runtestprotocol
 from data.files import UserError
 from exercise import EXERCISES, grading, main, ours, take, text_of
 
-LOOP = '''
-import torch
-def _associative(a, b):
-    h, hs = 0, []
-    for t in range(b.shape[1]):
-        h = a[:, t] * h + b[:, t]
-        hs.append(h)
-    return torch.stack(hs, 1)
-'''
-
 
 class Rounds:
-    """A plugin that collects once and runs each exercise's tests on its empty body and on our own text:
-    {(name, blank): [(test, what the failure says)]}."""
+    """A plugin that collects once and runs each exercise's tests on an empty body and on ours."""
 
     def __init__(self, folder):
         self.file = folder / "mine.py"
-        pairs = [(name, blank) for name in EXERCISES for blank in (True, False)]
-        self.texts = {pair: text_of(*pair) for pair in pairs}
-        self.outcomes = {}
+        self.outcomes = []  # (exercise, blank, test, what the failure says)
 
     def pytest_runtestloop(self, session):
-        for (name, blank), text in self.texts.items():
-            self.file.write_text(text)
+        for name, blank in product(EXERCISES, (True, False)):
+            self.file.write_text(text_of(name, blank))
             taken, undo = take(self.file)
             assert taken == [name]
             items = grading(name, session.items)
             if not blank:  # one case each, the last: the suite has run the others
                 items = {item.originalname: item for item in items}.values()
-            self.outcomes[name, blank] = [(item, self.failure(item)) for item in items]
+            for item in items:
+                reports = runtestprotocol(item, log=False, nextitem=None)
+                failure = "".join(str(report.longrepr) for report in reports if report.failed)
+                self.outcomes.append((name, blank, item, failure))
             undo()
         return True
-
-    def failure(self, item):
-        reports = runtestprotocol(item, log=False, nextitem=None)
-        return "".join(str(report.longrepr) for report in reports if report.failed)
 
 
 def test_every_test_named_fails_without_a_body_and_passes_with_ours(tmp_path):
@@ -50,13 +37,13 @@ def test_every_test_named_fails_without_a_body_and_passes_with_ours(tmp_path):
     rounds = Rounds(tmp_path)
     files = sorted({f"tests/{e.tests_in}.py" for e in EXERCISES.values()})
     assert pytest.main([*files, "-p", "no:cacheprovider", "--tb=native"], plugins=[rounds]) == 0
-    for (name, blank), outcomes in rounds.outcomes.items():
-        wanted = {test.split("[")[0] for test in EXERCISES[name].tests}
-        assert {item.originalname for item, _ in outcomes} == wanted
-        for item, failure in outcomes:
-            assert inspect.getdoc(item.obj), item.name
-            right = f"{name} is yours to write" in failure if blank else failure == ""
-            assert right, (name, item.name, failure)
+    wanted = {(name, blank, test.split("[")[0]) for blank in (True, False)
+              for name, e in EXERCISES.items() for test in e.tests}
+    assert {(name, blank, item.originalname) for name, blank, item, _ in rounds.outcomes} == wanted
+    for name, blank, item, failure in rounds.outcomes:
+        assert inspect.getdoc(item.obj), item.name
+        right = f"{name} is yours to write" in failure if blank else failure == ""
+        assert right, (name, item.name, failure)
 
 
 def grade(text, folder, capsys):
@@ -70,10 +57,8 @@ def grade(text, folder, capsys):
 
 def test_a_wrong_answer_ends_at_the_first_claim_with_two_numbers(tmp_path, capsys):
     """The smallest case that fails: a tree that joins two steps in the wrong order is right for one step."""
-    own = text_of("_associative", blank=False)
-    joined = "a[:, right] * b[:, left] + b[:, right]"
-    assert joined in own
-    wrong = own.replace(joined, "a[:, left] * b[:, right] + b[:, left]")
+    wrong = text_of("_associative", blank=False).replace("a[:, right] * b[:, left] + b[:, right]",
+                                                         "a[:, left] * b[:, right] + b[:, left]")
     out, status = grade(wrong, tmp_path, capsys)
     assert status == 1 and "1 failed, 4 passed" in out and len(out) < 2000
     assert "test_all_scans_agree_for_every_length[parallel-2-dtype0-False]" in out
@@ -83,20 +68,20 @@ def test_a_wrong_answer_ends_at_the_first_claim_with_two_numbers(tmp_path, capsy
 
 def test_a_loop_is_no_tree(tmp_path, capsys):
     """It is right, and has the depth of a loop."""
-    out, status = grade(LOOP, tmp_path, capsys)
+    text = "import scan\ndef _associative(a, b):\n    return scan.scan(a, b, impl='naive')\n"
+    out, status = grade(text, tmp_path, capsys)
     assert status == 1 and "l = 256: 514 products and sums, one after the other" in out
 
 
 @pytest.mark.parametrize("text, message", [
     ("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
-    ("def scam(): pass", "defines none of discretize, ")])
+    ("def scam(): pass", "defines none of discretize, "), (None, "FileNotFoundError")])
 def test_a_file_that_cannot_be_graded_is_one_line(text, message, tmp_path):
-    (tmp_path / "mine.py").write_text(text)
+    if text:
+        (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message) as error:
         take(tmp_path / "mine.py")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="FileNotFoundError"):
-        take(tmp_path / "none.py")
 
 
 def test_the_script_lists_and_prints_exercises(capsys):
@@ -104,6 +89,7 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main([]) == 0
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [row.split()[0] for row in rows] == [*EXERCISES]
+    assert all((ours(name).__doc__ or "") in text_of(name) for name in EXERCISES)
     assert main(["ChunkedSelectiveScan.backward"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")

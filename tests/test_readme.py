@@ -1,7 +1,6 @@
-"""README.md is executed: its commands and its Python run, and what it and the pages in tests/ name exists."""
+"""README.md is executed: its commands and its Python run, and what the pages name exists."""
 import dataclasses
 import io
-import os
 import re
 import shlex
 from pathlib import Path
@@ -21,11 +20,18 @@ FLAGS = {"train.py": train.Flags, "sample.py": sample.Flags, "distill.py": disti
 
 
 def commands(script):
-    """The arguments of every command line of the README, or of the course, that calls script."""
+    """The arguments of the commands of README and course that call script, each once."""
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README + COURSE, re.S | re.M)
-    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    calls = [part for line in lines for part in re.split(r"&&|;|\|", line) if re.search(rf"(^|\s){script}\b", part)]
-    return [shlex.split(call[call.index(script) + len(script):]) for call in calls]
+    text = re.sub(r"#.*| --out \S+", "", "".join(blocks).replace("\\\n", " "))
+    calls = re.findall(rf"(?:^|\s){script}\b([^&;|\n]*)", text, re.M)
+    return [shlex.split(call) for call in dict.fromkeys(call.strip() for call in calls)]
+
+
+def flags(**values):
+    return [word for name, value in values.items() for word in ("--" + name, str(value))]
+
+
+SMALL = {"steps": 1, "seq_len": 8, "batch_size": 2, "device": "cpu"}
 
 
 def test_every_flag_in_the_readme_exists():
@@ -70,50 +76,34 @@ def test_the_programs_of_the_course_run(capsys):
 
 
 @pytest.mark.parametrize("args", commands("train.py"), ids=" ".join)
-def test_training_commands_run(args, tmp_path):
+def test_training_commands_run(args, corpus, tmp_path):
     """Each with sizes cut down, on a small file in place of its corpus."""
-    text = tmp_path / "me.txt"
-    text.write_bytes(os.urandom(50) * 40)
-    assert train.parse(train.Flags, args, "")[0]  # as printed, every flag is known and every value of its type
-    small = {"data": text, "out": tmp_path / "run", "steps": 2, "minutes": 0, "d_model": 32, "n_layer": 3, "n_head": 2,
-             "seq_len": 8, "batch_size": 2, "device": "cpu", "accumulate": 1}
-    if "--bpe" in args:
-        small["bpe"] = 4
-    if "--init" in args:
-        begin = tmp_path / "begin"
-        assert train.main([x for k, v in (small | {"out": begin}).items() for x in ("--" + k, str(v))]) == 0
-        small = {k: v for k, v in small.items() if k not in ("d_model", "n_layer", "n_head")} | {"init": begin}
-    changing = [a for a in args if a in ("--resume", "--eval_only")]
-    if changing:  # these need a run to go on with
-        assert train.main([x for k, v in small.items() for x in ("--" + k, str(v))]) == 0
-        small = {k: v for k, v in small.items() if k in ("out", "steps", "data")} | {"steps": 3}
-    cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
-    assert train.main([a for a in args if a != "--compile"] + cut) == 0
+    assert train.parse(train.Flags, args, "")[0]  # as printed, every value is of its type
+    small = SMALL | {"data": corpus, "out": tmp_path / "run", "minutes": 0}
+    sizes = {"d_model": 32, "n_layer": 3, "n_head": 2} | ({"bpe": 4} if "--bpe" in args else {})
+    if "--resume" in args or "--eval_only" in args:  # these need a run to go on with
+        assert train.main(flags(**small, **sizes)) == 0
+        small = {"out": tmp_path / "run", "steps": 2, "data": corpus}
+        sizes = {}
+    assert train.main(args + flags(**small, **sizes)) == 0
 
 
 @pytest.mark.parametrize("args", commands("sample.py"), ids=" ".join)
-def test_sampling_commands_run(args, tmp_path, monkeypatch, capsysbinary):
-    text = tmp_path / "me.txt"
-    text.write_bytes(b"to be or not to be " * 20)
+def test_sampling_commands_run(args, corpus, tmp_path, monkeypatch, capsysbinary):
     given = sample.parse(sample.Flags, args, "")[1]
-    assert train.main(["--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", "--d_model", "32",
-                       "--objective", "mask" if "fill" in given else "next",
-                       "--n_layer", "1", "--seq_len", "8", "--batch_size", "2", "--device", "cpu"]) == 0
-    cut = ["--ckpt", str(tmp_path / "run"), "--bytes", "3", "--device", "cpu"]
+    run = tmp_path / "run"
+    small = flags(**SMALL, data=corpus, out=run, d_model=32, n_layer=1)
+    assert train.main(small + ["--objective", "mask" if "fill" in given else "next"]) == 0
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"to be")))
-    cut += ["--draft", str(tmp_path / "run")] if given.get("draft", "ngram") != "ngram" else []
-    assert sample.main([a for a in args if a != "--compile"] + cut) == 0
+    draft = {"draft": run} if given.get("draft", "").startswith("out/") else {}
+    assert sample.main(args + flags(ckpt=run, bytes=3, device="cpu", **draft)) == 0
 
 
 @pytest.mark.parametrize("args", commands("distill.py"), ids=" ".join)
-def test_distilling_commands_run(args, tmp_path):
-    """Each on a small teacher in place of its own, and as if it were the first stage."""
-    text = tmp_path / "me.txt"
-    text.write_bytes(b"to be or not to be " * 20)
-    small = {"data": text, "steps": 1, "seq_len": 8, "batch_size": 2, "device": "cpu"}
-    cut = [x for k, v in small.items() for x in ("--" + k, str(v))]
-    assert train.main([*"--layer attention --d_model 16 --n_layer 8 --n_head 2 --out".split(), str(tmp_path / "run"),
-                       *cut]) == 0
-    given = distill.parse(distill.Flags, args, "")[1]
-    cut += ["--teacher", str(tmp_path / "run"), "--out", str(tmp_path / "student"), "--student", ""]
-    assert distill.main(args + cut + (["--pseudo", str(text)] if "pseudo" in given else [])) == 0
+def test_distilling_commands_run(args, corpus, tmp_path):
+    """Each on a small teacher in place of its own."""
+    run = tmp_path / "run"
+    attention = flags(layer="attention", d_model=16, n_layer=8, n_head=2)
+    assert train.main(attention + flags(**SMALL, data=corpus, out=run)) == 0
+    student = tmp_path / "student"
+    assert distill.main(args + flags(**SMALL, data=corpus, teacher=run, out=student)) == 0

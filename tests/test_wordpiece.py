@@ -6,8 +6,9 @@ import torch
 
 from data.files import UserError
 from data.wordpiece import SPECIAL, WordPiece, read_vocabulary, split_words
-from model import Config, make_model, save
+from model import Config, save
 from sample import main
+from test_checkpoints import make
 
 PIECES = [*SPECIAL, *("the goal of life is happiness un ##aff ##able ##s run ! , . - ' a b c e 1 "
                       "##a ##b ##e ##1 中").split()]
@@ -25,7 +26,8 @@ def test_words_are_the_longest_pieces_they_begin_with():
 
 
 def test_accents_case_marks_and_chinese():
-    assert split_words("Élan, a-b\u00a0中c\x07\u200b!") == ["elan", ",", "a", "-", "b", "中", "c", "!"]
+    text = "Élan, a-b\u00a0中c\x07\u200b!"
+    assert split_words(text) == ["elan", ",", "a", "-", "b", "中", "c", "!"]
     assert pieces("THE [MASK]-[MASK], É") == ["the", "[MASK]", "-", "[MASK]", ",", "e"]
 
 
@@ -42,22 +44,17 @@ def test_wordpiece_equals_berts(tmp_path):
 
 
 def test_a_vocabulary_that_is_none_is_a_one_line_error(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        read_vocabulary(tmp_path / "vocab.txt")
-    for data in (b"the\n", b"\xff\xfe\n"):
-        (tmp_path / "vocab.txt").write_bytes(data)
-        with pytest.raises(UserError, match="vocab"):
-            read_vocabulary(tmp_path / "vocab.txt")
+    path = tmp_path / "vocab.txt"
+    for data, why in ((b"the\n", "vocabulary lacks"), (b"\xff\xfe\n", "vocab.txt is needed")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=why):
+            read_vocabulary(path)
 
 
 def test_bigs_fills_words(tmp_path, capsys):
     """Temperature 0: the word is the likeliest of the model's distribution on the padded text."""
-    torch.manual_seed(0)
-    model = make_model(Config(("s4d",), block="gated", d_model=8, vocab=len(PIECES), d_state=4, expand=3, norm="layer",
-                              norm_eps=1e-12, n_position=16)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
+    model = make(Config(("s4d",), block="gated", d_model=8, vocab=len(PIECES), d_state=4, expand=3,
+                        norm="layer", norm_eps=1e-12, n_position=16))
     save(tmp_path, model, "bigs")
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
     assert main(["--ckpt", str(tmp_path), "--fill", "The goal of life is ____.", "--temperature", "0"]) == 0
@@ -68,12 +65,14 @@ def test_bigs_fills_words(tmp_path, capsys):
     logits[ids[6]] = -torch.inf  # a mask is no answer
     likeliest = PIECES[logits.argmax()]
     assert likeliest not in SPECIAL and filled == f"the goal of life is {likeliest} .".replace(" ##", "")
-    for text, why in (("no hole", "--fill has no hole; write ____"),
-                      ("_ " * 20, "--fill is 22 tokens, the model reads at most 16")):
+
+    def refused(text):
         assert main(["--ckpt", str(tmp_path), "--fill", text]) == 2
-        assert why in capsys.readouterr().err
+        return capsys.readouterr().err
+
+    assert "--fill has no hole; write ____" in refused("no hole")
+    assert "--fill is 22 tokens, the model reads at most 16" in refused("_ " * 20)
     (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "more"]))
-    assert main(["--ckpt", str(tmp_path), "--fill", "_"]) == 2
-    assert f"vocab.txt has {len(PIECES) + 1} pieces, the model {len(PIECES)}" in capsys.readouterr().err
+    assert f"vocab.txt has {len(PIECES) + 1} pieces, the model {len(PIECES)}" in refused("_")
     (tmp_path / "vocab.txt").unlink()
-    assert main(["--ckpt", str(tmp_path), "--fill", "_"]) == 2 and "vocab.txt is needed" in capsys.readouterr().err
+    assert "vocab.txt is needed" in refused("_")
