@@ -1,5 +1,6 @@
 """Section 6 of scan.py against the naive recurrence in float64: on a GPU, or without one in Triton's interpreter; and
 its kernels compiled ahead of time for GPUs that need not be there."""
+import functools
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ from conftest import GPU
 
 import scan as module
 from scan import selective_scan
+from test_scan import F64, values_and_gradients
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if GPU else "cpu"
@@ -22,7 +24,6 @@ if DEVICE == "cpu" and isinstance(module._walk, triton.JITFunction):
 F16 = torch.float16
 BF16 = torch.bfloat16
 F32 = torch.float32
-F64 = torch.float64
 TOLERANCE = {F64: 1e-10, F32: 2e-6, BF16: 1e-2, F16: 2e-3}
 NAMES = "y h_last dx ddt dA dB dC dD dh0".split()
 
@@ -62,21 +63,8 @@ def inputs(l, n=5, b=2, d=3, dtype=F64, dt=0.5, A=3.0):
     return [t.to(DEVICE, dtype) for t in (x, dt, A, B, C, D, h0)]
 
 
-def kernels(*tensors):
-    return selective_scan(*tensors, impl="triton")
-
-
-def naive(*tensors):
-    return selective_scan(*tensors, impl="naive")
-
-
-def values_and_gradients(f, tensors):
-    """Outputs of f and the gradients of a fixed random functional of all of them."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    outs = f(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=generator, dtype=F64).to(o) for o in outs]
-    return [*outs, *torch.autograd.grad(outs, leaves, weights)]
+kernels = functools.partial(selective_scan, impl="triton")
+naive = functools.partial(selective_scan, impl="naive")
 
 
 def check(tensors, tolerance=None, f=lambda scan, *tensors: scan(*tensors)):
@@ -93,8 +81,8 @@ def check(tensors, tolerance=None, f=lambda scan, *tensors: scan(*tensors)):
 # Agreement
 
 
-@pytest.mark.parametrize("l, pieces", [(1, 1), (2, 1), (3, 1), (7, 1), (8, 1), (31, 1), (64, 2),
-                                       (96, 3), (100, 1), (257, 1)], indirect=["pieces"])
+@pytest.mark.parametrize("l, pieces", [(1, 1), (2, 1), (3, 1), (7, 1), (8, 1), (31, 1), (64, 4),
+                                       (100, 1), (257, 1)], indirect=["pieces"])
 def test_kernels_agree_with_the_recurrence_for_every_length(l, pieces):
     """y, h_last and seven gradients; chunks have 16 steps."""
     check(inputs(l, b=1 if l > 31 else 2))
@@ -113,9 +101,7 @@ def test_wider_states_are_refused():
 
 
 def test_without_d_and_without_an_initial_state():
-    tensors = inputs(9)
-    check(tensors[:5])
-    check(tensors[:6])
+    check(inputs(4)[:5])
 
 
 @pytest.mark.parametrize("dtypes, state", [
@@ -132,16 +118,13 @@ def test_dtypes_may_be_narrow_and_differ(dtypes, state):
 
 def test_inputs_need_not_be_contiguous():
     """Transposed, strided and expanded views, made inside so that the gradients' leaves stay plain."""
-    def strided(scan, *tensors):
-        views = [torch.stack([t, t], -1)[..., 0] if t.ndim == 1 else t.mT.contiguous().mT
-                 for t in tensors]
+    def views(scan, *tensors):
+        x, dt, *rest = (torch.stack([t, t], -1)[..., 0] if t.ndim == 1 else t.mT.contiguous().mT
+                        for t in tensors)
+        views = x[:, :1].expand_as(x), dt, *rest
         assert not any(view.is_contiguous() for view in views)
         return scan(*views)
-
-    def expanded(scan, x, dt, *rest):
-        return scan(x[:, :1].expand_as(x), dt[:1].expand_as(dt), *rest)
-    check(inputs(7), f=strided)
-    check(inputs(7), f=expanded)
+    check(inputs(7), f=views)
 
 
 def test_gradients_through_one_output_alone():
@@ -172,14 +155,14 @@ def test_a_step_of_length_zero_changes_nothing():
 
 
 @pytest.mark.parametrize("dt, A",
-                         [(20.0, 3.0), (20.0, 1e4), (1e-3, 1e4), (20.0, 1e-8), (0.5, 0.0)])
+                         [(20.0, 1e4), (1e-3, 1e4), (20.0, 1e-8), (0.5, 0.0)])
 @pytest.mark.parametrize("pieces", [2], indirect=True)
 def test_decays_from_one_to_zero(dt, A, pieces):
     """dt A down to -200,000, where a decay is 0, and up to -1e-7, where it rounds to 1."""
     check(inputs(32, b=1, dtype=F32, dt=dt, A=A), 1e-5)
 
 
-@pytest.mark.parametrize("pieces", [1, 3], indirect=True)
+@pytest.mark.parametrize("pieces", [3], indirect=True)
 def test_a_slowly_forgetting_state_forgets(pieces):
     """A decay of 0.999 over 48 steps of bfloat16 inputs, under autocast: bfloat16 would round it to 1."""
     x = torch.zeros(1, 48, 1, dtype=BF16, device=DEVICE)
@@ -206,81 +189,45 @@ def test_a_sequence_is_cut_where_programs_are_few(monkeypatch):
 @pytest.mark.parametrize("pieces", [2], indirect=True)
 def test_two_runs_give_the_same_bits(pieces):
     """Sums over programs are written in parts and added in one order; there are no atomics."""
-    first, second = (values_and_gradients(kernels, inputs(32, dtype=F32)) for _ in range(2))
+    first, second = (values_and_gradients(kernels, inputs(32, b=1, dtype=F32)) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
 def test_torch_compile_runs_the_kernels_as_they_are():
     """Its graph ends before them and another begins behind; the bits are the same."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: [2 * out for out in kernels(*t)], backend="aot_eager")
+    compiled = torch.compile(lambda *t: [2 * out for out in kernels(*t)], backend="eager")
     got, want = (values_and_gradients(f, inputs(4))
                  for f in (compiled, lambda *t: [2 * out for out in kernels(*t)]))
     assert all(map(torch.equal, got, want))
 
 
-def test_complex_numbers_are_refused():
-    x, dt, A, *rest = inputs(3)
-    with pytest.raises(ValueError, match="takes real floats"):
-        kernels(x, dt, A.to(torch.complex128), *rest)
-
-
-def copy_of_the_file(name):
-    spec = importlib.util.spec_from_file_location(name, module.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return copy
-
-
 def test_everything_else_works_without_triton(monkeypatch):
     """The file loads, auto works, and the error says what is missing and what to do."""
     monkeypatch.setitem(sys.modules, "triton", None)  # an import of it raises
-    copy = copy_of_the_file("without_triton")
+    spec = importlib.util.spec_from_file_location("without_triton", module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
     torch.testing.assert_close(copy.selective_scan(*inputs(3)), naive(*inputs(3)))
     with pytest.raises(RuntimeError, match='impl="triton" cannot run: Triton does not import '
                                            r'\(.*triton.*\); use impl="chunked"$'):
         copy.selective_scan(*inputs(3), impl="triton")
 
 
-def test_two_copies_of_the_file_work_in_one_process():
-    copy = copy_of_the_file("another.place")
-    copy.core = module.core  # as in quick_calls
-    for f in (copy.selective_scan, selective_scan):
-        torch.testing.assert_close(f(*inputs(3), impl="triton"), naive(*inputs(3)))
-
-
 # Compiled ahead of time
 
 COMPILE = r"""
-import collections, itertools, json, pathlib, re, subprocess, sys
+import json, pathlib, re, subprocess, sys
 import torch, triton, scan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 cubin = pathlib.Path(sys.argv[1]) / "kernel.cubin"
+cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 narrow = "x dt B C y dy dx ddt".split()  # dB and dC are in parts, in float32
 
-def show(tool, flag):
-    command = [tools / tool, flag, cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-def loops(sass):
-    # for each innermost loop that computes exponentials, the number of each instruction
-    code, labels, found = [], {}, []
-    for line in sass.splitlines():
-        if m := re.match(r"(\.L_x_\d+):", line):
-            labels[m[1]] = len(code)
-        if m := re.search(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)(.*)", line):
-            code.append("EX2" if m[1] == "MUFU.EX2" else m[1].split(".")[0])
-            target = re.search(r"\.L_x_\d+", m[2]) if m[1] == "BRA" else None
-            if target and target[0] in labels:
-                found.append((labels[target[0]], len(code)))
-    inner = [(i, j) for i, j in found
-             if not any(i <= p and q <= j and (p, q) != (i, j) for p, q in found)]
-    return [c for c in (collections.Counter(code[i:j]) for i, j in inner) if c["EX2"]]
-
-def build(kernel, sm, dtype, **constants):
+def build(kernel, sm, dtype, n, **constants):
+    constants |= scan._constants(1536, n)[0]
     def kind(p):
         if p.name in constants: return "constexpr"
         if p.do_not_specialize: return "i32"
@@ -292,22 +239,19 @@ def build(kernel, sm, dtype, **constants):
     options = dict(num_warps=1, enable_fp_fusion=True)
     asm = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
     cubin.write_bytes(asm["cubin"])
-    usage = re.findall(r"(REG|LOCAL|STACK):(\d+)", show("cuobjdump", "-res-usage"))
-    short = re.findall(r"tt.addptr .*: !tt.ptr<\w+>, i32", asm["ttir"])
-    target = re.search(r"\.target (\w+)", asm["ptx"])[1]
-    return dict({k: int(v) for k, v in usage}, short=short, target=target,
-                integers=[p.name for p in kernel.params if signature[p.name] == "i32"],
-                loops=loops(show("nvdisasm", "-c")))
+    usage = subprocess.check_output([cuobjdump, "-res-usage", cubin], text=True)
+    return {"local": [int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", usage)],
+            "short": re.findall(r"tt.addptr .*: !tt.ptr<\w+>, i32", asm["ttir"]),
+            "integers": [name for name, k in signature.items() if k == "i32"],
+            "exponentials": asm["ptx"].count("ex2.approx"), "ahead": "cp.async" in asm["ptx"]}
 
 out = {}
-for sm, dtype, n in itertools.product((80, 90), ("fp32", "bf16"), (16, 64)):
-    c = scan._constants(1536, n)[0]
-    out[f"_walk {dtype} {n} {sm}"] = build(scan._walk, sm, dtype, FULL=True, BACK=False, **c)
-    out[f"_walk_back {dtype} {n} {sm}"] = build(scan._walk_back, sm, dtype, **c)
-none = dict.fromkeys(["C", "D", "y", "starts"])
+for sm, dtype, n in (80, "bf16", 64), (90, "bf16", 16), (90, "fp32", 16):
+    out[f"walk {dtype} {n} {sm}"] = build(scan._walk, sm, dtype, n, FULL=True, BACK=False)
+    out[f"walk back {dtype} {n} {sm}"] = build(scan._walk_back, sm, dtype, n)
 for back in (False, True):
-    c = scan._constants(1536, 16)[0]
-    out[f"carry {back} 90"] = build(scan._walk, 90, "fp32", FULL=False, BACK=back, **c, **none)
+    out[f"carry {back}"] = build(scan._walk, 90, "fp32", 16, FULL=False, BACK=back,
+                                 C=None, D=None, y=None, starts=None)
 x = torch.ones(1, 4, 2)
 try: scan.selective_scan(x, x, -x[0, :2], x, x, impl="triton")
 except RuntimeError as e: error = str(e)
@@ -317,13 +261,13 @@ print(json.dumps([error, out]))
 
 @pytest.fixture(scope="module")
 def built(building):
-    """The error without a GPU, and kernels compiled for two GPUs and disassembled."""
+    """The error without a GPU, and what kernels compiled for two GPUs are like."""
     from triton.compiler import ASTSource
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     if "constexprs" not in ASTSource.__init__.__code__.co_varnames:
         pytest.skip("the compiler of this Triton takes other arguments")
-    if not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
-        pytest.skip("this Triton does not carry ptxas, cuobjdump and nvdisasm")
+    if not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump")):
+        pytest.skip("this Triton does not carry ptxas and cuobjdump")
     out, error = building.communicate()
     assert building.returncode == 0, error
     return json.loads(out.splitlines()[-1])
@@ -335,12 +279,10 @@ def test_without_a_gpu_the_error_names_the_interpreter(built):
 
 
 def test_kernels_compile_ahead_of_time_without_spilling(built):
-    """PTX and machine code for compute capabilities 8.0 and 9.0; no thread has a byte of local memory."""
-    assert len(built[1]) == 18
+    """For compute capabilities 8.0 and 9.0; no thread has a byte of local memory."""
+    assert len(built[1]) == 8
     for name, kernel in built[1].items():
-        assert kernel["target"].startswith("sm_" + name[-2:]) and kernel["REG"] <= 255
-        assert kernel["LOCAL"] == kernel["STACK"] == 0, name
-        assert not any("STL" in loop or "LDL" in loop for loop in kernel["loops"]), name
+        assert kernel["local"] == [0, 0], name
 
 
 def test_offsets_are_64_bits_and_no_length_compiles_anew(built):
@@ -350,13 +292,8 @@ def test_offsets_are_64_bits_and_no_length_compiles_anew(built):
         assert kernel["integers"] == ["l"]
 
 
-def test_machine_code_has_the_instructions_that_section_6_counts(built):
-    """n = 16 in float32 on 9.0: one exponential per state and step in each walk, and the rest beside it."""
-    counts = {}
-    for name in ("_walk fp32 16 90", "_walk_back fp32 16 90", "carry False 90", "carry True 90"):
-        for i, loop in enumerate(built[1][name]["loops"]):
-            assert loop["EX2"] == 16 and loop["LDGSTS"] >= 3  # rows are fetched ahead
-            counts[name, i] = sum(loop.values()) / 16 - 1
-    assert len(counts) == 5
-    limits = [14, 7.5, 25.5, 7.5, 7.5]
-    assert all(count <= limit for count, limit in zip(counts.values(), limits)), counts
+def test_a_walk_takes_one_exponential_per_state_and_step(built):
+    """For 16 states, of 16 numbers a thread; backward walks twice. And rows are fetched ahead."""
+    for name, kernel in built[1].items():
+        assert kernel["ahead"], name
+        assert " 64 " in name or kernel["exponentials"] == (32 if "back" in name else 16), name
