@@ -18,17 +18,17 @@ To understand Mamba, read 1, 2, 4 and 5. Section 3 is a story of its own (model.
 section 6 is for GPUs. Every fast path computes what a naive one defines; tests/ hold it to that, in values and
 gradients. An argument `upto` asks for the state after the first upto steps (sample.py needs it).
 This file needs torch alone (and Triton for section 6), so you may copy it as it is. Or copy ChunkedSelectiveScan, the
-two functions below it, _once and _no_autocast: 110 lines that need nothing else but the imports.
+two functions below it, _differentiable_once and _no_autocast: 110 lines that need nothing else but the imports.
 
 Glossary. Capitals are the papers' state-space quantities. Steps are t = 0 .. l-1; h0 is the state before step 0, h_0
-that after it. In a gradient dv is dL/dv for every v, L the loss. dt alone is the step size, and its gradient is ddt.
+that after it. In a gradient dv is the loss's derivative by v, for every v. dt alone is the step size, its gradient ddt.
 
     here       shape               Mamba (2312.00752)   S4 (2111.00396)
     x          (b, l, d)           x                    u              input
     h          (b, d, n)           h                    x              state
     y          (b, l, d)           y                    y              output
     dt         (b, l, d), > 0      Delta                Delta          step size; in S4 (d,)
-    A          (d, n), Re A <= 0   A                    A              h' = A h + B x; A is diagonal
+    A          (d, n), Re A <= 0   A                    A              h' = A h + B x; row i is channel i's diagonal
     B, C       (b, l, n)           B, C                 B, C           into h and out of h; in S4 (d, n)
     D          (d,)                only in its code     D              skip: y += D x
     Abar Bbar  (b, l, d, n)        A-bar, B-bar         A-bar, B-bar   discretized: h_t = Abar h_{t-1} + Bbar x_t
@@ -77,6 +77,7 @@ def _check(function, **tensors):
         axes = letters.split()
         shape = tuple(tensor.shape)
         fits = len(shape) == len(axes)
+        # setdefault notes the size of an axis where it is met first
         if not fits or any(sizes.setdefault(a, s) != s for a, s in zip(axes, shape)):
             known = ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes)
             raise ValueError(f"{function}: {name} has shape {shape}, expected ({known})")
@@ -94,7 +95,7 @@ def _steps(upto, l):
     return upto
 
 
-def _once(backward):
+def _differentiable_once(backward):
     """A backward that refuses to be differentiated again (torch's own once_differentiable misses some ways to ask), and
     computes in the dtypes that it is given, whatever autocast says."""
     @functools.wraps(backward)
@@ -134,7 +135,7 @@ def _choose(impl, auto, paths):
     return paths[name]
 
 
-def _skip(y, x, D):
+def _add_skip(y, x, D):
     """y + D x, or y where there is no D."""
     return y if D is None else torch.addcmul(y, x, D)
 
@@ -144,35 +145,35 @@ def _skip(y, x, D):
 #
 # Bytes have no time between them, so why a differential equation? With A < 0 it gives decays exp(dt A) below 1 for
 # every step size dt > 0, and dt says how much one byte counts. A step leads from h_{t-1} to h_t in the time dt, and x_t
-# acts in it. All rules agree as dt -> 0, and differ in what they take for x or h' on the way:
-#     zoh        x = x_t all the time (zero-order hold). Then h(s) = exp(s A) h_{t-1} + (exp(s A) - 1)/A B x_t solves
+# acts during it. All rules agree as dt -> 0, and differ in what they take for x or h' on the way:
+#     zoh        x = x_t all the time (zero-order hold). h(s) = exp(s A) h_{t-1} + B x_t (exp(s A) - 1)/A then solves
 #                the equation: differentiate it. h_t is h(dt).
 #     euler      h' = A h_{t-1} + B x_t all the time, so h_t = h_{t-1} + dt h'
 #     bilinear   h' = A (h_{t-1} + h_t)/2 + B x_t, the mean of both ends, solved for h_t
+# The solution for any x is h_t = exp(dt A) h_{t-1} + the integral of exp((dt - s) A) B x(s) over s from 0 to dt. Two
+# rules keep the first term and estimate the second from the ends of the step:
+#     mamba      dt times the integrand at the later end, s = dt: dt B x_t
+#     trapezoid  dt times the mean of both ends: dt/2 (B x_t + exp(dt A) B x_{t-1}), second order in dt for smooth x
 
 
 def discretize(dt, A, B, rule="mamba"):
-    """Abar, Bbar of one step of length dt for a diagonal A, real or complex. All is elementwise and broadcasts: in the
-    glossary's shapes discretize(dt[..., None], A, B[:, :, None]).
+    """Abar, Bbar of one step h_t = Abar h_{t-1} + Bbar x_t of length dt for a diagonal A, real or complex. All is
+    elementwise and broadcasts: in the glossary's shapes discretize(dt[..., None], A, B[:, :, None]).
 
     zoh       Abar = exp(dt A)                    Bbar = B (exp(dt A) - 1)/A       exact if x is held; Mamba eq. 4
     bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
-    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    factor of x_t + Abar x_{t-1}
-
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    h_t = Abar (h_{t-1} + Bbar x_{t-1})
+                                                                                         + Bbar x_t, each Bbar of its x
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
     mamba's times (exp(z) - 1)/z, z = dt A: a factor from 1.00 down to 0.50 at Mamba's initialization (A from -1 to -16,
-    dt from 0.001 to 0.1; median 0.97).
+    dt from 0.001 to 0.1; median 0.97). Mamba-3 (2603.15569) learns the weights of the trapezoid's two ends. (What
+    numerics calls the trapezoidal rule, with x held, is bilinear.)
 
     A may be 0: zoh's Bbar is dt B there, and its derivative by A is dt^2 B / 2. For |z| < 1e-2 we take the series
     (exp(z) - 1)/z = 1 + z/2 + z^2/6 + .. + z^5/720, since the quotient's derivative loses its digits there. torch.where
     differentiates both its branches, so the one that is not taken has to be finite too.
-
-    The equation's solution is h_t = Abar h_{t-1} + the integral of exp((dt - s) A) B x(s) over s from 0 to dt. mamba
-    takes the integrand at the later end, s = dt. trapezoid takes the mean of both ends, and so is second order in dt
-    where x is smooth, not first. (What numerics calls the trapezoidal rule, for h too, is bilinear.) Mamba-3
-    (2603.15569) learns the weights of the two ends.
     """
     z = dt * A
     if rule == "mamba":
@@ -232,21 +233,21 @@ def _scan_naive(a, b, h):
 
 def _scan_parallel(a, b, h0):
     """The associative scan (Blelloch 1990). Two steps in a row are one, with a = a2 a1 and b = a2 b1 + b2, and to make
-    them one is associative: steps may be joined in any grouping that keeps their order. A tree needs no more.
+    them one is associative: steps may be joined in any grouping that keeps their order. A tree needs no more."""
+    first = b[:, :1] + a[:, :1] * h0[:, None]  # h_0, from which on nothing needs h0
+    return _associative(a, torch.cat([first, b[:, 1:]], dim=1))
+
+
+def _associative(a, b):
+    """h_t = a_t h_{t-1} + b_t from h_0 = b_0: a, b (batch, l, ...) of one shape -> h.
 
     steps     0     1     2     3     4       1. join neighbours to pairs
               +--+--+     +--+--+     |
     pairs       0-1         2-3       |       2. scan the pairs, half as many (recursion):
                  |           |        |          this gives h_1 and h_3, the states after them
     states    h_0 h_1     h_2 h_3    h_4      3. the states between follow by one step each:
-                                                 h_0 comes from h0, h_2 from h_1, h_4 from h_3
+                                                 h_2 from h_1, h_4 from h_3
     """
-    first = b[:, :1] + a[:, :1] * h0[:, None]  # the first step carries h0
-    return _associative(a, torch.cat([first, b[:, 1:]], dim=1))
-
-
-def _associative(a, b):
-    """h_t = a_t h_{t-1} + b_t from h = 0 (b_0 holds what h0 gives): a, b (batch, l, ...) of one shape -> h."""
     l = b.shape[1]
     if l == 1:
         return b
@@ -268,15 +269,16 @@ SCANS = {"naive": _scan_naive, "parallel": _scan_parallel}
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Time-invariant systems (S4): A, B, C do not depend on t, so the recurrence is a convolution
 #
-# A mass on a spring: position q, velocity q', and q'' = -k q - r q' + x when a force x pushes it. With h = (q, q') this
+# A mass on a spring: place s, velocity s', and s'' = -k s - r s' + x when a force x pushes it. With h = (s, s') this
 # is h' = A h + B x, y = C h, where A = [[0, 1], [-k, -r]], B = (0, 1), C = (1, 0). Two numbers are all that the
 # future needs to know of the past, and A's eigenvalues, -r/2 +- i sqrt(k - r^2/4), say how they fade and swing.
 # Section 1's rules make it a recurrence (for a full matrix A: tests/dense.py). Unrolled from h = 0 that reads
 #     y_t = sum_j K_j x_{t-j},      K_j = C Abar^j Bbar: the answer to one push, j steps later        (S4 eq. 5)
 # so a whole sequence is one convolution, by FFT in l log l operations once K is known. A layer is d such
 # systems of n numbers each, and each has its own step size dt. Two questions are left. Which A remembers well? (HiPPO.)
-# How does one get K without l products of matrices? (S4: A is diagonal plus rank one in a complex basis. S4D leaves out
-# the rank one.) For S4D alone, go on at "S4D" below.
+# How does a step of such an A cost n operations, not n^2? (S4: A is diagonal plus rank one in a complex basis.) S4D
+# leaves the rank one out: its state is no polynomial of the past any more, and it learns about as well. For S4D alone,
+# read fft_conv, then go on at "S4D" below.
 
 
 def dense_kernel(Abar, Bbar, C, l):
@@ -302,20 +304,24 @@ def fft_conv(x, K, D=None):
     size = 1 << (2 * l - 2).bit_length()  # a power of two: simple, and fast
     wide, K, D = _widen(x, K, D)
     if wide.numel() == 0:  # an empty batch, which FFTs refuse
-        return _skip(wide * K.mT, wide, D).to(x.dtype)
+        return _add_skip(wide * K.mT, wide, D).to(x.dtype)  # K, for its gradient
     with _no_autocast(x.device):
         product = torch.fft.rfft(wide, size, dim=1) * torch.fft.rfft(K, size).T
-        return _skip(torch.fft.irfft(product, size, dim=1)[:, :l], wide, D).to(x.dtype)
+        return _add_skip(torch.fft.irfft(product, size, dim=1)[:, :l], wide, D).to(x.dtype)
 
 
 # HiPPO: an A whose state is the whole past, written in Legendre polynomials
 
 
 def hippo_legs(n):
-    """A (n, n), B (n,) of HiPPO-LegS, float64: h' = A h + B x keeps x's past as n coefficients (2008.07669, theorem 2).
+    """A (n, n), B (n,) of HiPPO-LegS, float64: the state h is the past, as a polynomial (2008.07669, theorem 2).
 
-    A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1). HiPPO divides both by the time t,
-    which spreads the memory evenly over [0, t]. S4 leaves the division out, and the memory fades as exp(-age).
+    A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1).
+    Let h_i = sqrt(2i+1)/t times the integral of x(s) P_i(z) over s from 0 to t, z = 2s/t - 1: the coefficients of x on
+    [0, t] in Legendre's polynomials P_i. Differentiate by t. P_i(1) = 1 gives B/t, and with dz/dt = -(z + 1)/t and
+    (z + 1) P_i' = i P_i + (2i-1) P_{i-1} + (2i-3) P_{i-2} + .. the rest is A/t: h' = (A h + B x)/t. S4 drops the 1/t,
+    as if log t were the time: an even memory of [0, t] becomes one that fades as exp(-age). (legs_basis in
+    tests/dense.py gives x back from h.)
     """
     i = torch.arange(n, dtype=torch.float64)
     B = torch.sqrt(2 * i + 1)
@@ -328,16 +334,15 @@ def dplr_legs(n):
     A cannot be diagonalized without losing digits: its eigenvectors are so nearly parallel that n = 16 already costs up
     to 11. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
     diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
-    A mode is an eigenvector with its eigenvalue. For even n they come in conjugate pairs (P, B up to a phase), by
-    ascending Im Lambda, so the first is the last one's conjugate.
+    A mode is an eigenvector with its eigenvalue. They ascend by Im Lambda; for even n the first half are the conjugates
+    of the second (P, B up to a phase), which is all that model.py's S4 keeps.
     """
     A, B = hippo_legs(n)
     p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
-    S = A + p[:, None] * p
-    real = S.diagonal().mean()  # -1/2
-    skew = S - real * torch.eye(n, dtype=A.dtype)
+    skew = A + p[:, None] * p + 0.5 * torch.eye(n, dtype=A.dtype)
     imag, V = torch.linalg.eigh(-1j * skew)
-    return torch.complex(real.expand(n), imag), V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
+    Lambda = torch.complex(torch.full_like(imag, -0.5), imag)
+    return Lambda, V.mH @ p.to(V.dtype), V.mH @ B.to(V.dtype), V
 
 
 def dplr_discretize(dt, Lambda, P, B):
@@ -345,8 +350,7 @@ def dplr_discretize(dt, Lambda, P, B):
 
     dt (d,), Lambda, P, B (d, n) -> Bbar (d, n). The matrix 1 - dt/2 A is diagonal plus dt/2 P P^*, so its inverse is
     diagonal minus rank one (Woodbury; S4 appendix C.2), and so is Abar = 2 (1 - dt/2 A)^-1 - 1:
-        (1 - dt/2 A)^-1 = diag(E) - Q R^T,    E = 1/(1 - dt/2 Lambda),    R = P^* E,    Q = E P / (2/dt + R^T P)
-    With P.conj() for P, times multiplies a row by Abar from the right.
+        (1 - dt/2 A)^-1 = diag(E) - Q R^T,   E = 1/(1 - dt/2 Lambda),   R = conj(P) E,   Q = E P / (2/dt + R^T P)
     """
     half = dt[:, None] / 2
     E = 1 / (1 - half * Lambda)
@@ -364,9 +368,8 @@ def dplr_discretize(dt, Lambda, P, B):
 def s4_kernel(dt, Lambda, P, B, C, l):
     """K_j = Re C Abar^j Bbar by the bilinear rule, in l steps of O(n): dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
-    S4's own way (appendix C.3) takes no steps: from C' = C (1 - Abar^l), which it learns in the place of C, a Cauchy
-    matrix gives K at once. tests/dense.py has it; the two agree to 1e-12. We learn C, so that l may change at will, and
-    C Abar^l would take l steps as well, or log l products of full matrices. K is made once for a whole batch.
+    S4's own way (appendix C.3) takes no steps but learns C (1 - Abar^l) in the place of C, for one l; tests/dense.py
+    has it, and the two agree to 1e-12. We learn C, so that l may change at will. K is made once for a whole batch.
     """
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
     hs = [Bbar]
@@ -387,7 +390,7 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, upto=None):
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
-    before = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
+    before = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0  # of that shape and dtype
     if h0 is None and end == 0:
         return fft_conv(x, s4_kernel(dt, Lambda, P, B, C, l), D), before
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
@@ -395,7 +398,7 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, upto=None):
     for x_t in wide.unbind(1):
         hs.append(times(hs[-1]) + Bbar * x_t[..., None])
     y = (torch.stack(hs[1:], dim=1) * C).sum(-1).real
-    return _skip(y, wide, D).to(x.dtype), hs[end]
+    return _add_skip(y, wide, D).to(x.dtype), hs[end]
 
 
 # S4D: A diagonal, zero-order hold. A system is n separate complex numbers
@@ -428,7 +431,7 @@ def s4d(x, dt, A, B, C, D=None, h0=None, upto=None):
     before = torch.zeros_like(wide[:, 0, :, None] * C) if h0 is None else h0
     if l == 1:
         h = Abar * before + Bbar * wide[:, 0, :, None]
-        y = _skip((C * h).sum(-1).real[:, None], wide, D)
+        y = _add_skip((C * h).sum(-1).real[:, None], wide, D)
         return y.to(x.dtype), h if end else before
     z = dt[:, None] * A
     powers = _vandermonde(z, l)
@@ -481,8 +484,8 @@ def _inputs_in_state(powers, x):
 # 4. The selective scan (Mamba's paper, section 3): dt, B and C depend on the input, so the model chooses what to keep
 #
 # It is the scan of section 2 with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. The step size dt_t is the
-# choice: dt -> 0 freezes the state (a = 1, b = 0: the token is ignored), a large dt overwrites it (a = 0).
-# What makes it hard is memory: the inputs have b l d numbers, the states b l d n. So the fast path never holds all of
+# choice: dt -> 0 freezes the state (a = 1, b = 0: the byte is ignored), a large dt overwrites it (a = 0).
+# What makes it hard is memory: the inputs are b l d numbers, the states b l d n. So the fast path never holds all of
 # the states at once.
 
 
@@ -490,10 +493,11 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t        (Mamba algorithm 2; rule "mamba")
 
     x, dt (b, l, d), A (d, n), B, C (b, l, n), D (d,), h0 (b, d, n), zero if None -> y (b, l, d), h (b, d, n) after the
-    first upto steps, by default all; 1 to l - 1 cost a second scan. y always covers all steps. dt is positive already;
-    softplus is the caller's. y has x's dtype; h is float32, or float64 if any input is. Gradients reach every input,
-    also through h; naive and parallel have higher derivatives too, and work under torch.func. impl: naive, parallel,
-    chunked, triton (section 6), or auto: naive for one step, else triton where it runs on a CUDA GPU, else chunked.
+    first upto steps, by default all; an upto of 1 to l - 1 costs a second scan. y always covers all steps. dt is
+    positive already; softplus is the caller's. y has x's dtype; h is float32, or float64 if any input is. Gradients
+    reach every input, also through h; naive and parallel have higher derivatives too, and work under torch.func. impl:
+    naive, parallel, chunked, triton (section 6), or auto: naive for one step, else triton where it runs on a CUDA GPU,
+    else chunked.
     """
     sizes = _check("selective_scan", x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
                    B=(B, "b l n"), C=(C, "b l n"), D=(D, "d"), h0=(h0, "b d n"))
@@ -507,11 +511,12 @@ def selective_scan(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     if impl == "triton" or auto_triton:
         y, h = _selective_triton(x, dt, A, B, C, D, h0)
     else:
-        path = _choose(impl, "naive" if l == 1 else "chunked", SELECTIVE_SCANS)
-        x_wide, *rest, D_wide = (t if t is None else t.to(dtype) for t in (x, dt, A, B, C, D))
+        paths = {**SELECTIVE_SCANS, "triton": None}  # None: only for the error's list
+        path = _choose(impl, "naive" if l == 1 else "chunked", paths)
+        wide, *rest = (t.to(dtype) for t in (x, dt, A, B, C))
         with _no_autocast(x.device):
-            y, h = path(x_wide, *rest, h0)
-            y = _skip(y, x_wide, D_wide).to(x.dtype)
+            y, h = path(wide, *rest, h0)
+            y = _add_skip(y, wide, None if D is None else D.to(dtype)).to(x.dtype)
     if 0 < end < l:
         x, dt, B, C = (t[:, :end] for t in (x, dt, B, C))
         h = selective_scan(x, dt, A, B, C, None, h0, impl)[1]
@@ -541,7 +546,7 @@ class ChunkedSelectiveScan(torch.autograd.Function):
     apply(x, dt, A, B, C, h0) -> y, h_last, with shapes as above, all of one dtype, D left to the caller. Forward keeps
     the state before every chunk and forgets the rest; backward computes a chunk's states again and walks it in reverse.
     The gradient of a scan is a scan backwards (Martin and Cundy 2018, section 2.2). Let g_t be all the gradient that
-    reaches h_t: from y_t = C_t h_t, and from h_{t+1} = a_{t+1} h_t + ..; after the last step comes dh, the argument.
+    reaches h_t: from y_t = C_t h_t, and from h_{t+1} = a_{t+1} h_t + ..; at the last step the caller's dh in its place.
         (1) g_t = C_t dy_t + a_{t+1} g_{t+1}
         (2) dx_t = dt_t du_t,   du_t = sum_n g_t B_t        u = dt x
         (3) dB_t = sum_d g_t u_t,   dC_t = sum_d h_t dy_t
@@ -568,10 +573,10 @@ class ChunkedSelectiveScan(torch.autograd.Function):
             y[:, s] = (C[:, s, None] @ hs).squeeze(2)
             h = hs[:, -1]  # a view of a buffer, copied into the next start first
         ctx.save_for_backward(x, dt, A, B, C, starts)
-        return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # not the whole buffer
 
     @staticmethod
-    @_once
+    @_differentiable_once
     def backward(ctx, dy, dh):
         x, dt, A, B, C, starts = ctx.saved_tensors
         b, l, d = x.shape
@@ -579,18 +584,18 @@ class ChunkedSelectiveScan(torch.autograd.Function):
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
-        carry = dh.transpose(1, 2)  # of what comes after the chunk: dh, and later a_{t+1} g_{t+1}
+        carry = dh.transpose(1, 2)  # what reaches a chunk's last state from behind: dh, then a_{t+1} g_{t+1}
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
             x_s, dt_s, dy_s = (t[:, s] for t in (x, dt, dy))
             u = dt_s * x_s
             a, h = _chunk_states(dt_s, A, u, B[:, s], start, buffers)
             g = torch.mul(C[:, s, :, None], dy_s[:, :, None], out=buffers[2, :, :x_s.shape[1]])
-            a_t = a.unbind(1)
-            g_t = g.unbind(1)
-            g_t[-1].add_(carry)
-            for t in range(len(g_t) - 2, -1, -1):
-                g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])  # (1)
-            carry = a_t[0] * g_t[0]
+            a_steps = a.unbind(1)
+            g_steps = g.unbind(1)
+            g_steps[-1].add_(carry)
+            for t in range(len(g_steps) - 2, -1, -1):
+                g_steps[t].addcmul_(a_steps[t + 1], g_steps[t + 1])  # (1)
+            carry = a_steps[0] * g_steps[0]
             du = (B[:, s, None] @ g).squeeze(2)  # (b, t, d)
             dx[:, s] = du * dt_s  # (2)
             dB[:, s] = (u[:, :, None] @ g.mT).squeeze(2)  # (3)
@@ -627,30 +632,30 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
                    "chunked": ChunkedSelectiveScan.apply}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. SSD, state-space duality (Mamba-2, 2405.21060): one decay per head makes the scan products of matrices
+# 5. SSD, state-space duality (Mamba-2, 2405.21060): one decay per head turns the scan into products of matrices
 #
 # A head is p channels with one decay, one B and one C. Their states are a matrix h (p, n), and a step adds the outer
 # product of what is written, u_t = dt_t x_t (p numbers), and where, B_t (n numbers). Unroll
-# h_t = a_t h_{t-1} + u_t B_t^T with a number a_t = exp(dt_t A), read it out by C_t, and attention appears:
+# h_t = a_t h_{t-1} + u_t B_t^T from h = 0, with a number a_t = exp(dt_t A), read it out by C_t, and attention appears:
 #     y_i = sum_{j <= i} L_ij (C_i . B_j) u_j,   L_ij = a_i a_{i-1} ... a_{j+1} = exp(dt_i A + ... + dt_{j+1} A)
 # with C as queries, B as keys, u as values, and a decay where softmax was. (Mamba has a decay per channel and state: it
-# cannot be taken out of the sum over states C_i . B_j, so there is no matrix L.) For l = 6 and chunks of q = 2, the
-# matrix L (C B^T), multiplied elementwise, that maps u to y is
+# cannot be taken out of the sum over states C_i . B_j, so there is no matrix L.) So u becomes y by the matrix of the
+# elements L_ij (C_i . B_j). For l = 6 and chunks of q = 2 it is
 #
-#     [ x          ]    x: attention inside a chunk. o: through the n numbers of the state per channel. In three steps:
-#     [ x x        ]    1. u goes into the state at the end of its chunk (_last_state),
-#     [ o o x      ]    2. states are carried from chunk to chunk (section 2's scan),
-#     [ o o x x    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
-#     [ o o o o x  ]
-#     [ o o o o x x]
+#     [ #          ]    #: attention inside a chunk. o: through the n numbers of the state per channel. In three steps:
+#     [ # #        ]    1. u goes into the state at the end of its chunk, each chunk from h = 0 (_last_state),
+#     [ o o #      ]    2. states are carried from chunk to chunk (section 2's scan, a chunk being a step),
+#     [ o o # #    ]    3. C reads out the state that enters its chunk, and the chunk itself (_attend).
+#     [ o o o o #  ]    This is exact, since h is linear in the state that enters:
+#     [ o o o o # #]    h_t = (h_t from zero) + a_t ... a_first (the state that enters).
 #
-#                work per head                numbers kept per head     what it is
+#                multiply-adds in products    numbers kept per head     what it is
 #    naive       2 l n p                      l n p, by autograd        the recurrence
 #    quadratic   l^2 (n + p), and l^3 for L   l^2, a few times          masked attention
 #    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), ditto   attention in chunks, a scan between them
 #
-# Other decays in the same frame have names too. a = 1: linear attention. A constant: RetNet. n numbers: gated linear
-# attention (call scan). A complex number: Mamba-3 (model.py). A matrix 1 - beta_t B_t B_t^T: DeltaNet (not here).
+# With other decays the same frame has other names. a = 1: linear attention. A constant: RetNet. n numbers: gated linear
+# attention (use scan). A matrix 1 - beta_t B_t B_t^T: DeltaNet (not here). Mamba-3 (model.py) also turns B and C.
 
 
 def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
@@ -659,13 +664,13 @@ def ssd(x, dt, A, B, C, D=None, h0=None, impl="auto", upto=None):
     x (b, l, nh, p), dt (b, l, nh) > 0, A (nh,) <= 0, B, C (b, l, g, n): head i reads group i // (nh // g),
     D (nh,), h0 (b, nh, p, n), zero if None -> y (b, l, nh, p) in x's dtype, h (b, nh, p, n), float32 or float64, after
     the first upto steps, by default all. Gradients reach every input, also through h. impl: naive, quadratic, chunked,
-    or auto, which is chunked (naive for one step). A NaN in x, dt or B spoils what comes after, and, since 0 times
-    NaN is NaN, in chunked also what comes before in its chunk of 32 steps, in quadratic everything.
+    or auto, which is chunked (naive for one step). A NaN spoils what comes after it; in chunked also its whole chunk of
+    32 steps, and in quadratic everything, since 0 times NaN is NaN.
     """
     _check("ssd", x=(x, "b l nh p"), dt=(dt, "b l nh"), A=(A, "nh"), D=(D, "nh"))
     wide, dt, A, B, C, D, h0 = _widen(x, dt, A, B, C, D, h0)
     y, h = ssd_scan(dt[..., None] * wide, dt * A, B, C, h0, impl, upto)
-    return _skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
+    return _add_skip(y, wide, None if D is None else D[:, None]).to(x.dtype), h
 
 
 def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
@@ -684,7 +689,7 @@ def ssd_scan(u, log_a, B, C, h0=None, impl="auto", upto=None):
         h0 = u.new_zeros(*(sizes[a] for a in ("b", "nh", "p", "n")))
     path = _choose(impl, "naive" if sizes["l"] == 1 else "chunked", SSDS)
     with _no_autocast(u.device):
-        log_a = log_a.clamp(min=-1e30)  # -inf times a zero would be NaN
+        log_a = log_a.clamp(min=-1e30)  # -inf times a zero would be NaN in _decays
         return path(u, log_a, B, C, h0, end)
 
 
@@ -714,7 +719,8 @@ def _ssd_quadratic(u, log_a, B, C, h0, end):
 
 
 def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
-    """The three steps above, q = size. The last chunk is filled up with steps of u = 0, a = 1, which change nothing."""
+    """The three steps on the section's first lines, q = size (on two cores 32 is best for small heads, 64 for large).
+    The last chunk is filled up with steps of u = 0, a = 1, which change nothing."""
     b, l = u.shape[:2]
     if l <= size:
         return _ssd_quadratic(u, log_a, B, C, h0, end)
@@ -727,8 +733,8 @@ def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
     parts = _heads_first(*chunks)  # (b count, nh, size, ...)
     no_state = torch.zeros_like(h0[:1])
     ends = _last_state(*parts, no_state).unflatten(0, (b, count))  # 1
-    decays = chunks[1].sum(1).exp().view(b, count, -1, 1, 1)  # of whole chunks
-    h = scan(decays, ends, h0, "naive")  # 2: few steps
+    decays = parts[1].sum(2).exp().unflatten(0, (b, count))  # of whole chunks
+    h = scan(decays[..., None, None], ends, h0, "naive")  # 2: few steps
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3
     y = y.unflatten(0, (b, count)).flatten(1, 2)[:, :l]
@@ -768,8 +774,8 @@ def _attend(u, log_a, B, C, h0):
 
 def _last_state(u, log_a, B, C, h0):
     """h_last = a_{l-1} ... a_0 h0 + sum_j a_{l-1} ... a_{j+1} u_j B_j^T: (b, nh, p, n)."""
-    later = F.pad(log_a[..., 1:], (0, 1))  # of the next step, 0 after the last
-    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # the sum over the steps after j
+    later = F.pad(log_a[..., 1:], (0, 1))  # shifted, so that j's sum begins at j + 1
+    to_end = later.flip(-1).cumsum(-1).flip(-1).exp()[..., None]  # a_{l-1} ... a_{j+1} for every j
     decayed = (u * to_end).mT.unflatten(1, (B.shape[1], -1)).flatten(2, 3)  # (b, g, nh/g p, l)
     from_u = (decayed @ B).flatten(1, 2).unflatten(1, (u.shape[1], -1))  # (b, nh, p, n)
     return torch.addcmul(from_u, log_a.sum(-1)[..., None, None].exp(), h0)
@@ -787,15 +793,16 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 # A kernel is a function that many programs run at once, each with a program_id of its own. A program here is one warp,
 # 32 threads in step, which takes one sequence and a tile of DIM channels and loops over t as the naive path does.
 #
-#             DIM channels                          one long sequence, cut into three pieces
+#             DIM channels                          one long sequence, cut into two pieces
 #           +--------------+
-#           | h and A stay | <- B_t, a column       walk    0 ----> end    0 ----> end    0 ----> end     all at once
-#  n states | in registers |                        carry  h0 --------->  h --------->  h --------->      in order
-#           |              | <- C_t, a column       walk   h0 ----> y     h ----> y     h ----> y         all at once
+#           | h and A stay | <- B_t, a column       walk    0 ----> end    0 ----> end     both at once
+#  n states | in registers |                        carry  h0 --------->  h --------->     in order
+#           |              | <- C_t, a column       walk   h0 ----> y     h ----> y        both at once
 #           +--------------+
 #            ^ x_t, dt_t, rows    v y_t, a row: the sum over states
 #
-# One long sequence is too few programs to fill a GPU, so it is cut into equal pieces, which are rows of a larger batch.
+# One long sequence is too few programs to fill a GPU, so if its length allows it is cut into 2, 4, 8 .. equal pieces of
+# whole chunks (16 steps, see below), which are rows of a larger batch.
 # As in section 5 every piece is walked from zero, the states are carried through the pieces (the decay of a piece is
 # exp(A sum dt)), and every piece is walked again, from the state that enters it.
 #
@@ -943,8 +950,8 @@ def _launch(kernel, n, x, *args, **flags):
     constants, tiles = _constants(x.shape[2], n)
     if len(x):
         with torch.cuda.device_of(x):
-            kernel[len(x), tiles](x, *args, x.shape[1], num_warps=1, enable_fp_fusion=True,
-                                  **constants, **flags)
+            kernel[len(x), tiles](x, *args, x.shape[1], num_warps=1, **constants, **flags,
+                                  enable_fp_fusion=True)  # a product and a sum in one instruction
 
 
 def _pieces(b, l, d, n, device):
@@ -992,7 +999,7 @@ class _SelectiveTriton(torch.autograd.Function):
         x, dt, B, C = _cut(pieces, x, dt, B, C)
         enter = _entering(x, dt, A, B, h0.mT.contiguous(), pieces, back=False)
         y, last = (torch.empty_like(t) for t in (x, enter))
-        starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)  # the states before chunks
+        starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)  # states before chunks, of pieces in order
         _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
         ctx.save_for_backward(x, dt, A, B, C, D, starts)
         ctx.pieces = pieces
@@ -1000,7 +1007,7 @@ class _SelectiveTriton(torch.autograd.Function):
         return y.view(b, l, d), last
 
     @staticmethod
-    @_once
+    @_differentiable_once
     def backward(ctx, dy, dh):
         x, dt, A, B, C, D, starts = ctx.saved_tensors  # in pieces
         b, l, d = dy.shape

@@ -46,7 +46,7 @@ EXERCISES = {
         "test_fft_convolution_is_the_sum_it_stands_for",
         "test_convolution_is_recurrence_is_scan",
         "test_fft_convolution_of_bfloat16_is_done_in_float32",
-        "test_fft_convolution_takes_l_log_l_operations"), ("_widen", "_skip", "_no_autocast")),
+        "test_fft_convolution_takes_l_log_l_operations"), ("_widen", "_add_skip", "_no_autocast")),
     "_associative": Exercise("scan", "test_scan", 40, "a scan as a tree: log l steps, odd lengths", (
         "test_all_scans_agree_for_every_length[parallel",
         "test_decay_broadcasts_to_the_input[parallel",

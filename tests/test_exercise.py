@@ -93,7 +93,7 @@ def test_the_script_lists_and_prints_exercises(capsys):
     assert main(["ChunkedSelectiveScan.backward"]) == 0
     out = capsys.readouterr().out
     compile(out, "mine.py", "exec")
-    assert "from scan import _chunk_slices, _chunk_states, _once\n" in out and "a_{t+1} g_{t+1}" in out
+    assert "from scan import _chunk_slices, _chunk_states, _differentiable_once\n" in out and "a_{t+1} g_{t+1}" in out
     assert "ctx.save_for_backward(x, dt, A, B, C, starts)" in out and "carry" not in out
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith('error: "scan" is not one of discretize, ')

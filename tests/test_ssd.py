@@ -247,3 +247,10 @@ def test_what_does_not_fit_is_an_error_of_one_line():
         with pytest.raises(ValueError, match=message) as error:
             ssd(*arguments)
         assert "\n" not in str(error.value)
+
+
+def test_an_empty_batch_gives_an_empty_answer():
+    for l in (1, 8, 70):
+        x, dt, A, B, C, D, h0 = inputs(l)
+        y, h = ssd(x[:0], dt[:0], A, B[:0], C[:0], D, h0[:0])
+        assert y.shape == x[:0].shape and h.shape == h0[:0].shape
