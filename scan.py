@@ -32,7 +32,7 @@ that after it. In a gradient dv is the loss's derivative by v, for every v. dt a
     B, C       (b, l, n)           B, C                 B, C           into h and out of h; in S4 (d, n)
     D          (d,)                only in its code     D              skip: y += D x
     Abar Bbar  (b, l, d, n)        A-bar, B-bar         A-bar, B-bar   discretized: h_t = Abar h_{t-1} + Bbar x_t
-    K          (d, l)                                   K-bar          kernel: y is K convolved with x
+    K          (d, l)              K-bar                K-bar          kernel: y is K convolved with x
     Lambda P   (d, n), complex                          Lambda, P      S4: A = diag(Lambda) - P P^*, not diagonal;
                                                                        ^* is the conjugate transpose
     u          shape of x                               (not its u)    dt x, the input times its step size
@@ -150,8 +150,9 @@ def _add_skip(y, x, D):
 #                the equation: differentiate it. h_t is h(dt).
 #     euler      h' = A h_{t-1} + B x_t all the time, so h_t = h_{t-1} + dt h'
 #     bilinear   h' = A (h_{t-1} + h_t)/2 + B x_t, the mean of both ends, solved for h_t
-# The solution for any x is h_t = exp(dt A) h_{t-1} + the integral of exp((dt - s) A) B x(s) over s from 0 to dt. Two
-# rules keep the first term and estimate the second from the ends of the step:
+# The derivative of exp(-s A) h(s) is exp(-s A) B x(s). Integrate that, and for any x
+#     h_t = exp(dt A) h_{t-1} + the integral of exp((dt - s) A) B x(s) over s from 0 to dt.
+# Two rules keep the first term, and estimate the second from the ends of the step, where x is x_{t-1} and x_t:
 #     mamba      dt times the integrand at the later end, s = dt: dt B x_t
 #     trapezoid  dt times the mean of both ends: dt/2 (B x_t + exp(dt A) B x_{t-1}), second order in dt for smooth x
 
@@ -164,8 +165,8 @@ def discretize(dt, A, B, rule="mamba"):
     bilinear  Abar = (1 + dt A/2)/(1 - dt A/2)    Bbar = dt/(1 - dt A/2) B         S4 eq. 3
     euler     Abar = 1 + dt A                     Bbar = dt B                      first order, unstable for large dt
     mamba     Abar = exp(dt A)                    Bbar = dt B                      zoh for A, euler for B
-    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    h_t = Abar (h_{t-1} + Bbar x_{t-1})
-                                                                                         + Bbar x_t, each Bbar of its x
+    trapezoid Abar = exp(dt A)                    Bbar = dt/2 B                    and Abar dt/2 B_{t-1} x_{t-1} is
+                                                                                   added, with the dt of this step
     The Mamba paper prints zoh, but its code, and so every checkpoint, computes the rule named mamba. zoh's Bbar is
     mamba's times (exp(z) - 1)/z, z = dt A: a factor from 1.00 down to 0.50 at Mamba's initialization (A from -1 to -16,
     dt from 0.001 to 0.1; median 0.97). Mamba-3 (2603.15569) learns the weights of the trapezoid's two ends. (What
@@ -317,11 +318,12 @@ def hippo_legs(n):
     """A (n, n), B (n,) of HiPPO-LegS, float64: the state h is the past, as a polynomial (2008.07669, theorem 2).
 
     A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 above; B_i = sqrt(2i+1).
-    Let h_i = sqrt(2i+1)/t times the integral of x(s) P_i(z) over s from 0 to t, z = 2s/t - 1: the coefficients of x on
-    [0, t] in Legendre's polynomials P_i. Differentiate by t. P_i(1) = 1 gives B/t, and with dz/dt = -(z + 1)/t and
-    (z + 1) P_i' = i P_i + (2i-1) P_{i-1} + (2i-3) P_{i-2} + .. the rest is A/t: h' = (A h + B x)/t. S4 drops the 1/t,
-    as if log t were the time: an even memory of [0, t] becomes one that fades as exp(-age). (legs_basis in
-    tests/dense.py gives x back from h.)
+    With Legendre's polynomials p_i let h_i = sqrt(2i+1)/t times the integral of x(s) p_i(z) over s from 0 to t, where z
+    = 2s/t - 1: the coefficients of x on [0, t] in the normalized polynomials sqrt(2i+1) p_i. Differentiate by t. The
+    factor 1/t gives -h_i/t; p_i(1) = 1 gives B_i x/t; z changes by -(z + 1)/t, and since (z + 1) p_i' = i p_i +
+    sum_{j<i} (2j+1) p_j (by induction), that gives -i h_i/t and the A_ij h_j/t below the diagonal. Together h' = (A h +
+    B x)/t. S4 drops the 1/t, as if log t were the time: an even memory of [0, t] becomes one that fades as exp(-age).
+    (legs_basis in tests/dense.py gives x back from h.)
     """
     i = torch.arange(n, dtype=torch.float64)
     B = torch.sqrt(2 * i + 1)
@@ -332,10 +334,12 @@ def dplr_legs(n):
     """Lambda, P, B (n,), V (n, n), complex128: LegS is A = V (diag(Lambda) - P P^*) V^*, V unitary (S4 theorem 1).
 
     A cannot be diagonalized without losing digits: its eigenvectors are so nearly parallel that n = 16 already costs up
-    to 11. But with p_i = sqrt(i + 1/2), S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver
-    diagonalizes that without loss. In the new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V.
-    A mode is an eigenvector with its eigenvalue. They ascend by Im Lambda; for even n the first half are the conjugates
-    of the second (P, B up to a phase), which is all that model.py's S4 keeps.
+    to 11 of float64's 16. But with p_i = sqrt(i + 1/2), p p^T halves A below the diagonal and puts the opposite above:
+    S = A + p p^T is -1/2 plus a skew-symmetric matrix, and a Hermitian solver diagonalizes that without loss. In the
+    new basis p becomes P = V^* p, LegS's B becomes V^* B, and a C becomes C V. A mode is an eigenvector with its
+    eigenvalue. They ascend by Im Lambda; for even n mode n-1-i is the conjugate of mode i (P, B up to a phase).
+    model.py's S4 learns the second half and puts the conjugates back before it calls s4, since P P^* ties every mode to
+    every other.
     """
     A, B = hippo_legs(n)
     p = torch.sqrt(torch.arange(n, dtype=A.dtype) + 0.5)
@@ -368,6 +372,7 @@ def dplr_discretize(dt, Lambda, P, B):
 def s4_kernel(dt, Lambda, P, B, C, l):
     """K_j = Re C Abar^j Bbar by the bilinear rule, in l steps of O(n): dt (d,), Lambda, P, B, C (d, n) -> K (d, l).
 
+    Re changes nothing where every mode comes with its conjugate, C's too, as they do in LegS.
     S4's own way (appendix C.3) takes no steps but learns C (1 - Abar^l) in the place of C, for one l; tests/dense.py
     has it, and the two agree to 1e-12. We learn C, so that l may change at will. K is made once for a whole batch.
     """
@@ -417,10 +422,10 @@ def s4d_kernel(dt, A, B, C, l):
 def s4d(x, dt, A, B, C, D=None, h0=None, upto=None):
     """h_t = Abar h_{t-1} + Bbar x_t,   y_t = Re sum_n C h_t + D x_t,   by zero-order hold
 
-    x (b, l, d), dt (d,); A, B, C (d, n) complex, B may be a number; D (d,); h0 (b, d, n) complex, zero if None
-    -> y (b, l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. One input is a step. More are a
-    convolution, which is exact with states too: h0 adds C Abar^(t+1) h0 to y_t whatever x is, and h is a sum over the
-    inputs.
+    x (b, l, d), dt (d,); A, B, C (d, n) complex, B may be a number; D (d,); h0 (b, d, n) complex, zero if None -> y (b,
+    l, d) in x's dtype, h (b, d, n) after the first upto steps, by default all. One input is a step. More are a
+    convolution, which is exact with states too: h0 adds Re C Abar^(t+1) h0 to y_t whatever x is, and h is a sum over
+    the inputs.
     """
     _check("s4d", x=(x, "b l d"), dt=(dt, "d"), A=(A, "d n"), B=(B, "d n"), C=(C, "d n"),
            D=(D, "d"), h0=(h0, "b d n"))
@@ -483,8 +488,9 @@ def _inputs_in_state(powers, x):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The selective scan (Mamba's paper, section 3): dt, B and C depend on the input, so the model chooses what to keep
 #
-# It is the scan of section 2 with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. The step size dt_t is the
-# choice: dt -> 0 freezes the state (a = 1, b = 0: the byte is ignored), a large dt overwrites it (a = 0).
+# It is the scan of section 2 with a_t = exp(dt_t A) and b_t = dt_t B_t x_t, read out by C_t. All channels share B_t and
+# C_t; each has a step size of its own, and that is the choice: dt -> 0 freezes the state (a = 1, b = 0: the byte is
+# ignored), a large dt overwrites it (a = 0, and what is written grows with dt).
 # What makes it hard is memory: the inputs are b l d numbers, the states b l d n. So the fast path never holds all of
 # the states at once.
 
@@ -649,10 +655,10 @@ SELECTIVE_SCANS = {"naive": _selective_naive, "parallel": _selective_parallel,
 #     [ o o o o #  ]    This is exact, since h is linear in the state that enters:
 #     [ o o o o # #]    h_t = (h_t from zero) + a_t ... a_first (the state that enters).
 #
-#                multiply-adds in products    numbers kept per head     what it is
+#    per head    multiply-adds in products    numbers kept              what it is
 #    naive       2 l n p                      l n p, by autograd        the recurrence
-#    quadratic   l^2 (n + p), and l^3 for L   l^2, a few times          masked attention
-#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), ditto   attention in chunks, a scan between them
+#    quadratic   l (l (n + p + l) + 2 n p)    l^2, a few times          masked attention (l^3 is for L)
+#    chunked     l (q (n + p + q) + 2 n p)    l (q + n p / q), ditto    attention in chunks, a scan between them
 #
 # With other decays the same frame has other names. a = 1: linear attention. A constant: RetNet. n numbers: gated linear
 # attention (use scan). A matrix 1 - beta_t B_t B_t^T: DeltaNet (not here). Mamba-3 (model.py) also turns B and C.
@@ -719,7 +725,7 @@ def _ssd_quadratic(u, log_a, B, C, h0, end):
 
 
 def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
-    """The three steps on the section's first lines, q = size (on two cores 32 is best for small heads, 64 for large).
+    """The three steps beside the matrix above, q = size (on two cores 32 is best for small heads, 64 for large).
     The last chunk is filled up with steps of u = 0, a = 1, which change nothing."""
     b, l = u.shape[:2]
     if l <= size:
@@ -808,13 +814,14 @@ SSDS = {"naive": _ssd_naive, "quadratic": _ssd_quadratic, "chunked": _ssd_chunke
 #
 # Backward, with g_t and w_t as in section 4. It carries q_t = a_t g_t, since that travels from step t to step t - 1:
 #     g_t = C_t dy_t + q_{t+1}        q_t = a_t g_t        w_t = q_t h_{t-1}        dh0 = q_0
-# The recurrence of q has the form of that of h, so the same kernel walks it from zero through the pieces. Every h_{t-1}
-# is needed again, the last one first, and division by a_t would not give it back where a_t is close to 0. So backward
-# takes the chunks of 16 steps, the last one first: from the state that forward kept it walks forward through the chunk,
-# writes each state into a scratch of 16 tiles, and walks back through it.
+# q_t = a_t q_{t+1} + a_t C_t dy_t has the form of the recurrence of h, so the same kernel walks it from zero through
+# the pieces. Every h_{t-1} is needed again, the last one first, and division by a_t would not give it back where a_t is
+# close to 0. So backward takes the chunks of 16 steps, the last one first: from the state that forward kept it walks
+# forward through the chunk, writes each state into a scratch of 16 tiles, and walks back through it.
 #
 # Sums over channels, dB and dC, are written in parts, one per tile, and added up in a fixed order. There are no
-# atomics, so two runs give the same bits. The parts have n^2/256 times as many numbers as x: hence n <= 64.
+# atomics, so two runs give the same bits. There are d n/512 tiles, each with b l n numbers of dB and of dC, together
+# n^2/256 times as many as x: hence n <= 64.
 
 CHUNK = 16  # steps between the states that are kept
 TILE = 512  # numbers of a tile, 16 per thread
@@ -852,7 +859,8 @@ def _row(matrix, row, columns, width: tl.constexpr, like):
 def _walk(x, dt, A, B, C, D, enter, y, starts, last, l,
           d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr,
           CHUNK: tl.constexpr, FULL: tl.constexpr, BACK: tl.constexpr):
-    """Walks through a sequence, from the state that enters it to its last state.
+    """Walks through a sequence, from the state that enters it to its last state. A sequence may be a piece, and l is
+    its length; a piece is whole chunks, so the chunks of all pieces have numbers in a row.
 
     FULL: also writes y and the states before chunks. BACK: q instead of h, from the last step to the first; then x is
     dy and B is C. exp(z) is exp2(z log2(e)), and exp2 is one instruction: A comes times log2(e).
