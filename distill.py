@@ -300,7 +300,7 @@ def distil(c, student, extra):
 @script
 def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
-    with claim(c.out):
+    with claim(c):
         return distil(*open_run(c, given))
 
 

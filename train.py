@@ -4,14 +4,17 @@ In order: flags, where it runs, what is predicted, the optimizer, validation, th
 stands around it and may wait: a run's folder, its state, the screen, the script. Letters: c the flags, b windows, l
 positions, v tokens of the vocabulary.
 
-    main -> claim, open_run, load_data, make_model -> fit -> train  -> Run.validate_if_due, batches, loss_of, after_step
-                                                          -> finish -> Run.validate -> measure -> evaluate, once or twice
+    main -> claim, open_run, load_data, make_model, fit
+    fit  -> train   -> Run.validate_if_due, batches, loss_of, after_step
+         -> finish  -> Run.validate -> measure -> evaluate, once or twice
 
-Figures are in bits per byte, nats / ln 2 (and per byte of a word), unless they name another unit: the loss at step 0 is
-in nats, --objective mask counts bits per masked byte, diffusion bounds bits per byte, a task has bits per target.
+Figures are in bits per byte (nats / ln 2, and where tokens are words, divided by the mean length of a word), unless
+they name another unit: the loss at step 0 is in nats, --objective mask counts bits per masked byte, diffusion bounds
+bits per byte, a task has bits per target.
 """
 import argparse
 import ctypes
+import errno
 import json
 import math
 import os
@@ -69,7 +72,7 @@ def parse(cls, argv, description):
         parser.add_argument("--" + f.name, help=text, **kind)
     given = vars(parser.parse_args(argv))
     c = cls(**given)
-    check_fields(c, "--")
+    check_fields(c, "--")  # for classes that do not check themselves, as RunFlags does
     return c, given
 
 
@@ -100,6 +103,7 @@ def script(main):
         except (UserError, MemoryError, RuntimeError, OSError) as e:
             signs = ("out of memory", "allocate", "size calculation overflowed", "too big")
             no_memory = isinstance(e, MemoryError) or any(sign in str(e) for sign in signs)
+            no_memory = no_memory and not isinstance(e, UserError)  # which may name a file "too big"
             if isinstance(e, RuntimeError) and not no_memory:
                 raise
             forget_broken_output()
@@ -151,7 +155,7 @@ def pick_device(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU per process
+    if name.startswith("cuda") and processes()[1] > 1:  # a GPU per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -184,8 +188,9 @@ def keep_memory():
 
 def processes():
     """(rank, number) of the processes that torchrun started; (0, 1) without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))  # a cluster may set it to 1
-    return int(os.environ["RANK"]) if world > 1 else 0, world
+    if "RANK" not in os.environ:  # a cluster may set one of the two
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes(device):
@@ -205,10 +210,11 @@ def join_processes(device):
 # 3. What is predicted: an objective turns bytes into tokens to read and targets to predict from them
 #
 # draw(before, targets, seed, first) takes two int64 arrays (b, l), where before[t] is the byte that comes before
-# targets[t], and gives the tokens to read and the targets. Its random numbers are a pure function of the seed and of
-# `first`, the number of windows drawn before these: a resumed run and several processes draw the same. A window's
-# loss is the mean over its targets. A task (data/synthetic.py) makes windows of its own instead of cutting a text:
-# task(length, batch, seed, step) -> tokens, targets, which next_byte passes on as they are.
+# targets[t], and gives the tokens to read and the targets, at least one per window. Its random numbers are a pure
+# function of the shape, the seed, and `first`, the number of windows drawn before these: a resumed run and several
+# processes draw the same. A window's loss is the mean over its targets. A task (data/synthetic.py) makes windows of its
+# own instead of cutting a text: task(length, batch, seed, step) -> tokens, targets, which next_byte passes on as they
+# are.
 
 TASK_WINDOWS = 512  # on which a task is scored
 
@@ -221,7 +227,7 @@ class Objective(NamedTuple):
 
 def choose(k, l, seed, first):
     """Booleans (b, l), k[i] of them True in row i, chosen at random; and the generator to go on with."""
-    rng = np.random.default_rng((seed, first, 1))  # the 1, since `windows` has (seed, epoch)
+    rng = np.random.default_rng((seed, first, 1))  # another stream than that of `windows`
     place = rng.random((len(k), l)).argsort(1).argsort(1)  # ranks in a random order
     return place < k[:, None], rng
 
@@ -319,7 +325,7 @@ def make_optimizer(model, lr, weight_decay):
     for group, named in parameter_groups(model).items():
         decay = weight_decay if group == "decayed" else 0.0
         groups.append({"params": [*named.values()], "weight_decay": decay, "share": SHARE[group]})
-    fused = next(model.parameters()).device.type != "mps"
+    fused = next(model.parameters()).device.type != "mps"  # one kernel for all parameters
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
 
 
@@ -347,9 +353,9 @@ def validation_pieces(data, seq_len, batch_size):
 def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False, objective=NEXT):
     """(bits per target, share guessed right) over all of data; for the objective next each token is a target once.
 
-    Each window begins with an empty state, so a byte is predicted from its window alone. Carried: each piece is one
-    window of seq_len * batch_size, and the state is handed from piece to piece, so a byte is predicted from all before
-    it that the state keeps, in constant memory. A window counts by its length, however few of its bytes are targets.
+    Each window begins with an empty state, so a byte is predicted from its window alone. Carried: windows come one by
+    one and hand the state on, so a byte is predicted from all before it that the state keeps, in constant memory. A
+    window counts by its length, however few of its bytes are targets.
     """
     training = model.training
     model.eval()
@@ -360,9 +366,7 @@ def evaluate(model, data, seq_len, batch_size, cast=nullcontext(), carried=False
         scored = np.stack(objective.task(seq_len, TASK_WINDOWS, 2**63, 0))
         pieces = np.split(scored, range(batch_size, TASK_WINDOWS, batch_size), axis=1)
     else:
-        if carried:
-            seq_len, batch_size = seq_len * batch_size, 1
-        pieces = validation_pieces(data, seq_len, batch_size)
+        pieces = validation_pieces(data, seq_len, 1 if carried else batch_size)
     for piece in tqdm(pieces, desc="validating", leave=False, disable=None):
         _, b, l = piece.shape
         drawn = objective.draw(*piece.astype(np.int64), 0, first)
@@ -415,19 +419,19 @@ FILES = ("last.pt", "best.pt", "log.jsonl")
 
 
 @contextmanager
-def claim(folder):
-    """Inside, the folder is this process's (under torchrun, process 0's): two runs in one would destroy each other.
-
-    UserError if another process has it. At the end it goes again if it is empty.
-    """
-    if processes()[0] > 0:
-        yield
-        return
-    folder = Path(folder)
+def claim(c):
+    """Makes the folder c.out, which inside is this process's (under torchrun, process 0's): two runs in one folder
+    would destroy each other. UserError if another process has it."""
+    folder = Path(c.out)
+    text = os.path.isdir(c.data) and c.data not in (*KNOWN, *TASKS)
+    inside = text and folder.resolve().is_relative_to(Path(c.data).resolve())
+    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if fcntl:
+            if processes()[0] == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                require(os.access(folder, os.W_OK), "no permission")
+            if processes()[0] == 0 and fcntl:
                 lock = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -435,11 +439,7 @@ def claim(folder):
             raise UserError(f"another process trains in --out {folder}; choose another") from e
         except (OSError, ValueError) as e:
             raise UserError(f"--out {folder} cannot be written: {e}") from e
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+        yield
 
 
 def with_saved(c, given, extra):
@@ -452,10 +452,6 @@ def open_run(c, given):
     """(flags, None, {}) of a new run in --out, or (flags, model, extra) of the last.pt there, to be resumed with its
     own flags but for those given."""
     folder = Path(c.out)
-    real = Path(os.path.realpath(folder))
-    inside = (os.path.isdir(c.data) and c.data not in KNOWN
-              and real.is_relative_to(os.path.realpath(c.data)))
-    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     files = [name for name in FILES if (folder / name).exists()]
     can_resume = "last.pt" in files
     require(not files or c.resume and can_resume, f"{folder} holds {', '.join(files)}; choose "
@@ -470,13 +466,12 @@ def open_run(c, given):
     print(f"resuming {folder} at step {extra.get('step')}")
     before = vars(with_saved(c, {}, extra))
     fixed = {f.name for f in fields(c) if f.metadata["fixed"]}
+    fixed |= {"seq_len", "val_bytes"}  # else figures would not compare with those before
     for name, value in given.items():
         if value != before[name] and name != "resume":
             require(name not in fixed, f"--{name} {value}: the run in {folder} has "
                     f"{before[name]!r}; leave the flag out or choose another --out")
             print(f"with        --{name} {value} (was {before[name]})")
-            if name in ("val_bytes", "seq_len"):  # figures do not compare with those before
-                extra["best_bpb"] = math.inf
     return with_saved(c, given, extra), model, extra
 
 
@@ -554,14 +549,16 @@ class Run:
             sys.exit(128 + number)
 
     def agree(self, nats, seconds):
-        """The mean of all processes' nats, and process 0's clock and signal: they have to stop at the same step."""
+        """The mean of all processes' nats, process 0's clock, and a signal that any of them has caught: all have to
+        stop at the same step."""
         if self.world == 1:
             return nats, seconds, self.caught
-        mine = [seconds, self.caught] if self.rank == 0 else [0, 0]  # the sum is process 0's
-        total = torch.tensor([nats / self.world, *mine], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        nats, seconds, stopped = total.tolist()
-        return nats, seconds, int(stopped)
+        mine = [nats, seconds if self.rank == 0 else 0, self.caught > 0, self.step]
+        total = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)  # a sum
+        nats, seconds, stopped, steps = total.tolist()
+        require(steps == self.step * self.world, "the processes resumed different checkpoints")
+        return nats / self.world, seconds, (self.caught or signal.SIGTERM) if stopped else 0
 
     @property
     def progress(self):
@@ -580,6 +577,7 @@ class Run:
             kept = {name: kind(extra[name]) for name, kind in KEPT.items()}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**extra["optimizer"], "param_groups": groups})
+            # it has compared no shapes, and a fused step would read beyond an end
             fits = all(state[name].shape == p.shape for p, state in self.optimizer.state.items()
                        for name in ("exp_avg", "exp_avg_sq"))
             require(fits, "its optimizer is that of another model")
@@ -591,8 +589,8 @@ class Run:
         vars(self).update(kept)
         self.saved_at = self.seconds
         log = self.folder / "log.jsonl"
-        if log.exists() and self.rank == 0:  # a crash may have left lines after those of last.pt
-            os.truncate(log, min(self.logged, log.stat().st_size))
+        if log.exists() and self.rank == 0:  # whole lines, of which a crash may have left more
+            os.truncate(log, log.read_bytes()[:self.logged].rfind(b"\n") + 1)
 
     def save(self, name):
         """Model, optimizer, flags and counts, as last.pt or best.pt. Never weights that are not finite: the file that
@@ -619,8 +617,10 @@ class Run:
 
     def validate(self):
         """Validate and, if all is well, save."""
+        if self.world > 1:  # torchrun kills half a minute after a signal
+            self.save("last.pt")
         self.interruptible = self.world == 1  # of several, others would wait
-        if self.caught and self.interruptible:  # since the last step, as in a save
+        if self.caught and self.interruptible:  # after the step, for example in a save
             raise KeyboardInterrupt
         figures = measure(self)
         self.interruptible = False
@@ -651,7 +651,7 @@ class Run:
 
     def after_step(self, nats, took):
         """Count the step; process 0 logs it, shows it, and saves once a minute."""
-        lr = self.lr
+        lr = self.lr  # of this step, which is not counted yet
         nats, self.seconds, self.stopped = self.agree(nats, self.seconds + took)
         self.stop_unless(math.isfinite(nats), f"loss is {nats}")
         count = self.c.batch_size * self.c.seq_len
@@ -724,7 +724,7 @@ def finish(run):
     then = f"sample.py {use} {run.folder}{fill}"
     if run.objective.task:
         then = f"train.py --eval_only --out {run.folder} --seq_len {2 * run.c.seq_len}"
-    print(f"saved       {run.folder}/best.pt; try: python {then}")
+    print(f"saved       {run.folder}: best.pt and last.pt; try: python {then}")
 
 
 @contextmanager
@@ -766,12 +766,13 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
                 dist.barrier()
                 del model  # its threads use the group
                 dist.destroy_process_group()
-                run.world = 1  # alone from here
+                run.world = 1  # alone from here, so validate may be interrupted
             if run.rank == 0 and not run.stopped:
                 finish(run)
         # between two steps, so that a save is whole: a validation ended, or the screen is gone
         except (KeyboardInterrupt, OSError) as e:
-            if not (run.caught or isinstance(e, (KeyboardInterrupt, BrokenPipeError))):
+            gone = isinstance(e, (KeyboardInterrupt, BrokenPipeError)) or e.errno == errno.EIO
+            if not (gone or run.caught):
                 raise
             run.stopped = run.caught or signal.SIGINT
         if run.rank == 0 and run.stopped:
@@ -862,7 +863,7 @@ def check_model(path, config, c, given):
     for f in fields(c):
         free = not f.metadata["fixed"] or f.name in ("objective", "init")
         require(free or f.name not in given, f"--{f.name} is fixed by {path}; leave it out")
-    require(config.vocab <= MASK + 1 or config.merges,
+    require(config.vocab == 256 + bool(config.block) or config.merges,
             f"{path} reads {config.vocab:,} kinds of tokens; only models of bytes are trained here")
     kind = "an encoder" if config.block else "causal"
     require(bool(config.block) == (c.objective != "next"),
@@ -890,8 +891,9 @@ def main(argv):
     c, given = parse(Flags, argv, "Train a byte language model; by default Mamba-2 on Python code.")
     if c.eval_only:
         return eval_only(c, given)
-    with claim(c.out):
+    with claim(c):
         c, model, extra = open_run(c, given)
+        where = join_processes(pick_device(c.device))
         corpus, objective = load_data(c)
         torch.manual_seed(c.seed)
         if c.init and not extra:
@@ -899,7 +901,7 @@ def main(argv):
             check_model(c.init, model.config, c, given)
         elif not extra:
             model = make_model(make_config(c, learn_merges(corpus.train, c.bpe) if c.bpe else ()))
-        return fit(c, join_processes(pick_device(c.device)), model, extra, corpus, objective)
+        return fit(c, where, model, extra, corpus, objective)
 
 
 if __name__ == "__main__":

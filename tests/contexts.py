@@ -28,7 +28,7 @@ def model_of(c, name, flags, make_model=None, loss_of=None):
     given. A loss may remember more than a checkpoint does, so such a run is not resumed."""
     def fit(argv):
         run_flags, given = train.parse(train.Flags, argv, "")
-        with train.claim(run_flags.out):
+        with train.claim(run_flags):
             run_flags, model, extra = train.open_run(run_flags, given)
             torch.manual_seed(run_flags.seed)
             model = model or make_model()

@@ -1,6 +1,7 @@
 """train.py: what is decayed, exact resume, how validation counts, schedules, and every bad input as one line."""
 import ctypes
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -426,7 +427,7 @@ def test_a_second_signal_exits_at_once_unless_it_comes_with_the_first(apart, cor
 def test_ctrl_c_before_training_is_one_line(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_corpus", lambda name: signal.raise_signal(signal.SIGINT))
     assert train.main(argv(corpus, tmp_path / "run")) == 130
-    assert capsys.readouterr().err == "stopped\n" and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == "stopped\n" and not [*(tmp_path / "run").glob("*")]
 
 
 @pytest.mark.parametrize("program", [train, distill])
@@ -483,7 +484,7 @@ def test_a_signal_during_validation_loses_nothing(flags, corpus, tmp_path, monke
 
 def test_a_signal_while_process_0_validates_stops_all_at_the_same_step(corpus, tmp_path, monkeypatch):
     """The others wait in the next step: the validation ends, and what that step sends them says to stop."""
-    alike = lambda tensor: None
+    alike = lambda tensor: tensor.mul_(2)
     monkeypatch.setattr(train, "join_processes", lambda device: (0, 2, device))
     monkeypatch.setattr(train, "dist", SimpleNamespace(
         all_reduce=alike, barrier=lambda: None, destroy_process_group=lambda: None))
@@ -593,13 +594,12 @@ def test_a_run_knows_what_it_has_read(corpus, tmp_path, capsys):
 
 @pytest.mark.skipif(not train.fcntl, reason="on Windows nothing claims a folder")
 def test_a_folder_belongs_to_one_run_at_a_time(corpus, tmp_path, capsys):
-    """From before it looks into the folder to its end; where nothing was written the folder goes again."""
-    with train.claim(tmp_path / "run"):
+    """From before it looks into the folder to its end."""
+    c = Flags(data=str(corpus), out=str(tmp_path / "run"))
+    with train.claim(c):
         refused(capsys, argv(corpus, tmp_path / "run"), "another process trains in")
-        assert (tmp_path / "run").exists()
-    assert not (tmp_path / "run").exists()
     go(corpus, tmp_path / "run")
-    with train.claim(tmp_path / "run"):  # a run that has ended holds nothing
+    with train.claim(c):  # a run that has ended holds nothing
         pass
 
 
@@ -607,8 +607,9 @@ def test_a_signal_ends_the_last_validation_of_several_processes_too(corpus, tmp_
     """The others have left by then, and what starts them kills after half a minute."""
     monkeypatch.setattr(train, "join_processes", lambda device: (0, 2, device))
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
-    for name in ("barrier", "destroy_process_group", "all_reduce"):
+    for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(train.dist, name, lambda *args: None)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor.mul_(2))
     monkeypatch.setattr(train, "measure", lambda run: signal.raise_signal(signal.SIGINT))
     assert train.main(argv(corpus, tmp_path / "run")) == 130
     assert load(tmp_path / "run" / "last.pt")[1]["step"] == 4
@@ -631,25 +632,44 @@ def test_a_folder_where_no_step_was_made_is_free(corpus, tmp_path, capsys, monke
     assert len(go(corpus, tmp_path / "run")) == 5
 
 
-def test_other_validation_begins_the_search_for_the_best_anew(corpus, tmp_path):
-    go(corpus, tmp_path / "run", "--val_bytes", 30)
-    path = tmp_path / "run" / "last.pt"
-    model, extra = load(path)
-    train.save(path, model, **{**extra, "best_bpb": 0.0})  # as if those bytes had been easy
-    for flags, step in ((["--steps", 6], 4), (["--steps", 8, "--val_bytes", 0], 8)):
-        assert train.main(["--out", str(tmp_path / "run"), "--resume", *map(str, flags)]) == 0
-        assert load(tmp_path / "run" / "best.pt")[1]["step"] == step
+@pytest.mark.parametrize("flag", ["--val_bytes", "--seq_len"])
+def test_a_run_is_validated_alike_to_its_end(flag, corpus, tmp_path, capsys):
+    """Or best.pt would be the best of figures that do not compare; --eval_only takes any."""
+    go(corpus, tmp_path / "run")
+    refused(capsys, ["--out", tmp_path / "run", "--resume", "--steps", 6, flag, 30], f"{flag} 30: the run in")
+    assert train.main(["--out", str(tmp_path / "run"), "--eval_only", flag, "30"]) == 0
+
+
+@pytest.mark.parametrize("steps, caught, message", [(5, 0, "different checkpoints"), (8, 1, "")])
+def test_processes_agree_on_the_step_and_on_a_signal_of_any(steps, caught, message, monkeypatch):
+    """all_reduce as it is with another process, which is at steps - 4 and may have caught a signal."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda total: total.copy_(
+        torch.tensor([3.0, 7.0, caught, steps])))
+    run = SimpleNamespace(world=2, rank=0, caught=0, step=4, device="cpu")
+    if message:
+        with pytest.raises(UserError, match=message):
+            train.Run.agree(run, 1.0, 7.0)
+    else:
+        assert train.Run.agree(run, 1.0, 7.0) == (1.5, 7.0, signal.SIGTERM)
+
+
+def test_half_a_line_of_the_log_goes_when_a_run_is_resumed(corpus, tmp_path):
+    """After a power cut the log may be shorter than the checkpoint counts."""
+    go(corpus, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-10])
+    assert [line["step"] for line in go(corpus, tmp_path / "run", "--resume", "--steps", 6)] == [1, 2, 3, 4, 5, 6, 6]
 
 
 def test_a_folder_of_the_name_of_a_corpus_is_not_that_corpus(corpus, tmp_path, monkeypatch):
     """--data python is the standard library, whatever lies in ./python."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python").mkdir()
-    c = Flags(data="python", out="python/run")
-    assert train.open_run(c, {}) == (c, None, {})
-    refused_flags = Flags(data="./python", out="python/run")
-    with pytest.raises(UserError, match="lies in --data"):
-        train.open_run(refused_flags, {})
+    for name in ("python", "parity"):
+        with train.claim(Flags(data=name, out=f"{name}/run")):
+            pass
+    with pytest.raises(UserError, match="lies in --data"), train.claim(Flags(data="./python", out="python/run")):
+        pass
 
 
 def test_a_run_that_fails_before_its_first_step_gives_all_back(corpus, tmp_path, capsys, monkeypatch):
@@ -660,6 +680,16 @@ def test_a_run_that_fails_before_its_first_step_gives_all_back(corpus, tmp_path,
         refused(capsys, argv(corpus, tmp_path / "run"), "no screen")
     go(corpus, tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) == before and sys.stdout is not None
+
+
+def test_a_terminal_that_is_gone_saves_the_run(corpus, tmp_path, monkeypatch):
+    """It went without SIGHUP, as after disown: what is written there gives EIO."""
+    def gone():
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_step(monkeypatch, 2, gone)
+    assert train.main(argv(corpus, tmp_path / "run")) == 130
+    assert load(tmp_path / "run" / "last.pt")[1]["step"] == 2
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
@@ -708,9 +738,8 @@ def test_the_state_of_another_optimizer_is_refused(corpus, tmp_path, capsys):
 def test_others_wait_for_a_validation_of_process_0(monkeypatch):
     """As long as it takes: the usual half hour would end the run, and nothing would be saved."""
     given = {}
-    monkeypatch.setenv("WORLD_SIZE", "1")  # some clusters set it always
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster may set it, and no rank
     assert train.join_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: given.update(kwargs))
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
     monkeypatch.setenv("RANK", "0")
@@ -790,7 +819,7 @@ def test_weights_that_are_not_finite_are_not_validated(corpus, tmp_path, capsys)
     (f"--seq_len {10**30}", ["--seq_len"]), (f"--seq_len {2**62}", ["--seq_len"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", *flags.split()), *parts)
-    assert not (tmp_path / "run").exists()
+    assert not [*(tmp_path / "run").glob("*")]
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
@@ -808,14 +837,14 @@ def test_auto_never_takes_bfloat16_where_a_gpu_only_emulates_it(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
 def test_cuda_where_there_is_none(corpus, tmp_path, capsys):
     refused(capsys, argv(corpus, tmp_path / "run", "--device", "cuda"), "--device cuda", "--device cpu")
-    assert not (tmp_path / "run").exists()
+    assert not [*(tmp_path / "run").glob("*")]
 
 
 @pytest.mark.parametrize("data", [b"", b"a", b"ab"])
 def test_a_corpus_too_small(data, corpus, tmp_path, capsys):
     corpus.write_bytes(data)
     refused(capsys, argv(corpus, tmp_path / "run"), "bytes")
-    assert not (tmp_path / "run").exists()
+    assert not [*(tmp_path / "run").glob("*")]
 
 
 def test_a_run_is_not_overwritten(corpus, tmp_path, capsys):
