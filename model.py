@@ -5,8 +5,9 @@ state). A state of None is the beginning of a sequence, and any later state cont
 prefill (l = a prompt), evaluation in pieces, and decoding (l = 1) are one call with a different l. A state is a
 NamedTuple of tensors that no layer changes: to go back, keep the old variable. mixer(x, state, upto) gives y for all
 positions, but the state after the first upto of them. Speculative sampling appends guesses to the text: y judges them,
-but the state that is kept has not read them. Training has no use for a state and calls with upto = 0. The encoder's
-mixers see both sides of every position and have no state. A model's state is a tuple of its layers' states.
+but the state that is kept has not read them. Training has no use for a state and calls with upto = 0, with which
+attention keeps no cache and S4 may be a convolution. The encoder's mixers see both sides of every position and have no
+state. A model's state is a tuple of its layers' states.
 
     Mamba           in_proj -+- x -> conv -> silu -> selective_scan -+ * -> out_proj
                              |                  `-> dt, B, C --^     |
@@ -72,8 +73,8 @@ class Config:
     impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # of Mamba's scan
 
     n_head: int = bounded(4, low=1)     # attention
-    n_kv_head: int = bounded(4, low=1)  # heads of k and v, each for n_head / n_kv_head queries
-    window: int = 0           # each position sees the last `window` positions; 0 = all
+    n_kv_head: int = 0        # heads of k and v, each for n_head / n_kv_head queries; 0 becomes n_head
+    window: int = 0           # LM: each position sees the last `window` positions; 0 = all
     rope_base: float = bounded(10000.0, low=1, high=1e30)
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see rotate
     d_mlp: int = 0            # hidden size of SwiGLU; 0 becomes 8/3 d_model, up to a multiple of 32
@@ -88,8 +89,9 @@ class Config:
                 setattr(self, f.name, tuple(getattr(self, f.name)))
         check_fields(self)
         ropes = self.rope_scaling
-        require(len(ropes) in (0, 4) and all(type(i) in (int, float) and i > 0 for i in ropes),
-                f"rope_scaling {ropes!r:.80} is not four positive numbers")
+        fine = len(ropes) == 4 and all(type(i) in (int, float) and 0 < i < 1e30 for i in ropes)
+        require(not ropes or fine and ropes[1] < ropes[2],
+                f"rope_scaling {ropes!r:.80} is not four positive numbers, the second below the third")
         self.merges = check_merges(self.merges, self.vocab)
         require(self.layers and all(type(i) is str for i in self.layers),
                 f"layers {self.layers!r:.80}: a model needs at least one layer, each a name")
@@ -99,6 +101,7 @@ class Config:
             require_one_of("layer", kind, mixers)
         require(self.tie or not self.block, "tie is off, but an encoder's head shares the "
                 "embedding's weight")
+        self.n_kv_head = self.n_kv_head or self.n_head
         self.d_mlp = self.d_mlp or math.ceil(self.d_model / 12) * 32
 
     @property
@@ -138,8 +141,7 @@ def causal_conv(x, weight, bias, tail, upto=None):
         raise ValueError(f"a state's tail has shape {tuple(tail.shape)}, expected {(b, k - 1, d)}")
     longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
-    # a view would keep all of longer
-    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)
+    tail = longer[:, end:end + k - 1].clone()  # a view would keep all of longer
     longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
     for j, tap in enumerate(weight[:, 0].unbind(1)):
@@ -206,7 +208,7 @@ class Mamba(nn.Module):
 
 def heads_of(c):
     """The number of heads in Mamba-2 and Mamba-3: expand * d_model channels, head_dim in each, n_group equal groups."""
-    size = c.head_dim * c.n_group
+    size = c.head_dim * c.n_group  # divides expand * d_model just if size / gcd divides d_model
     require_multiple("d_model", c.d_model, size // math.gcd(size, c.expand),
                      f"head_dim {c.head_dim} with expand {c.expand} and n_group {c.n_group}")
     return c.expand * c.d_model // c.head_dim
@@ -260,7 +262,12 @@ class Mamba2(nn.Module):
 class AttentionState(NamedTuple):
     k: torch.Tensor         # (b, positions kept, n_kv_head, head size), already rotated
     v: torch.Tensor
-    position: torch.Tensor  # (), how many positions have passed
+    position: torch.Tensor  # (), how many positions have passed, of all rows: no batch axis
+
+
+def angle_dtype(device):
+    """float64, in which the angles of a long text keep their digits; mps has float32 only."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def spin(u, v, angle):
@@ -274,12 +281,12 @@ def rotate(x, position, base, scaling=()):
     """Rotary positions (Su et al. 2021), Llama's layout: channels m and m + size/2 turn by position * base^(-2m/size),
     so that q_i . k_j depends on i - j only.
 
-    x (b, l, heads, size), its first position given; angles are float32 or wider. scaling is Llama 3.1's, (factor, low,
+    x (b, l, heads, size), its first position given. scaling is Llama 3.1's, (factor, low,
     high, length), for a context longer than the length of pretraining: channels that turned fewer than `low` times in
     it are slowed down by the factor, those with more than `high` turns stay, and between the two they are mixed.
     """
     half = x.shape[3] // 2
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = angle_dtype(x.device)
     frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
         factor, low, high, length = scaling
@@ -287,7 +294,8 @@ def rotate(x, position, base, scaling=()):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
     positions = position + torch.arange(x.shape[1], device=x.device, dtype=dtype)
-    angle = positions[:, None, None] * frequency  # (l, 1, half)
+    angle = positions[:, None, None] * frequency % (2 * math.pi)  # (l, 1, half)
+    angle = angle.to(torch.promote_types(x.dtype, torch.float32))
     return torch.cat(spin(*x.chunk(2, dim=-1), angle), dim=-1).to(x.dtype)
 
 
@@ -330,7 +338,8 @@ class Attention(nn.Module):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=1)
             v = torch.cat([state.v.to(v.dtype), v], dim=1)
-        keys = k.shape[1]  # those of the cache first, then those of x
+        # window 4, a cache of 3 and l = 2 make 5 keys; upto = 1: end 4, and keys 1 to 3 are the cache
+        keys = k.shape[1]
         passed = l if upto is None else upto
         end = keys - l + passed
         first = max(0, end - self.window + 1) if self.window else 0
@@ -341,9 +350,8 @@ class Attention(nn.Module):
         cut = 0 < self.window < keys
         if not cut and (keys == l or l == 1):  # nothing before x, or one query, which sees all
             return self.attend(q, k, v, is_causal=l > 1), state
-        query = torch.arange(keys - l, keys, device=x.device)[:, None]
-        distance = query - torch.arange(keys, device=x.device)  # (l, keys)
-        mask = (distance >= 0) & (distance < (self.window or keys))
+        mask = torch.ones(l, keys, dtype=torch.bool, device=x.device).tril(keys - l)
+        mask = mask.triu(keys - l - (self.window or keys) + 1)
         return self.attend(q, k, v, attn_mask=mask), state
 
 
@@ -407,7 +415,8 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.constant_memory = "attention" not in c.kinds or c.window > 0  # its state's
+        require(not c.block, f"block {c.block} is for an Encoder")
+        self.constant_memory = "attention" not in c.kinds or c.window > 0  # its state does not grow
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm_f = make_norm(c)
@@ -467,7 +476,7 @@ class Mamba3(nn.Module):
     depends on the turn since j, as if the state itself turned back by theta dt in each step: complex decays, as S4 has,
     in real numbers. (Attention's rotary positions turn by a fixed angle per step.) For example, in a string of bits a
     turn by pi at every 1 flips the sign, and so the sign of a pair holds the parity. dt, A, w are one number per head;
-    theta has n/4 numbers for all heads: half of n turns, the rest stays.
+    theta has n // 4 numbers for all heads: about half of n turns, the rest stays.
     """
 
     def __init__(self, c):
@@ -496,7 +505,7 @@ class Mamba3(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        # as published: -1 - A, or -1/(1 - A) if A < 0
+        # as in the code since June 2026: -1 - A, or -1/(1 - A) if A < 0
         A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
@@ -510,13 +519,14 @@ class Mamba3(nn.Module):
             h_t = a_t (h_{t-1} + e_t x_{t-1} B_{t-1}^T) + w_t dt_t x_t B_t^T.
         Call the bracket H_{t-1}, and add e_{t+1} x_t B_t^T on both sides:
             H_t = a_t H_{t-1} + (w_t dt_t + e_{t+1}) x_t B_t^T,      h_t = H_t - e_{t+1} x_t B_t^T.
-        e_{t+1} belongs to the next input, so it is taken out of y_t, and out of the state that is returned:
+        e_{t+1} belongs to the next input, so it is taken out of y_t, and out of the state that is returned (which costs
+        float32 some digits of y_t where dt_{t+1} is very large):
             y_t = H_t C_t - e_{t+1} (B_t . C_t) x_t + D x_t.         e_l, after the last, is taken as 0.
         """
         B = per_head(B, self.heads, 2) + self.B_bias[:, 0]  # (b, l, nh, n)
         C = per_head(C, self.heads, 2) + self.C_bias[:, 0]
-        exact = torch.float32 if x.device.type == "mps" else torch.float64  # a sum of many turns
-        phi = (theta[:, :, None] * dt[..., None]).cumsum(1, dtype=exact)  # (b, l, nh, pairs)
+        phi = theta[:, :, None] * dt[..., None]  # (b, l, nh, pairs)
+        phi = phi.cumsum(1, dtype=angle_dtype(x.device))
         if state is None:
             no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
             state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)  # all zero
@@ -532,10 +542,10 @@ class Mamba3(nn.Module):
         y, H = ssd_scan(u, dt * A, B, C, H, upto=upto)
         y = y + (self.D[:, None] - e[:, 1:] * (B * C).sum(-1, keepdim=True)) * x
         end = x.shape[1] if upto is None else upto
-        last_phi, last_B, last_x = (t[:, end - 1].clone() if end else old
-                                    for old, t in ((state.phi, phi), (state.B, B), (state.x, x)))
-        h = H - outer(e[:, end] * last_x, last_B)  # if end is 0, what was added to state.h
-        return y, Mamba3State(last_phi, h, last_B, last_x)
+        if end == 0:
+            return y, state
+        phi, B, x = (t[:, end - 1].clone() for t in (phi, B, x))  # not views, of all positions
+        return y, Mamba3State(phi, H - outer(e[:, end] * x, B), B, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,9 +567,9 @@ class S4D(nn.Module):
 
     y = s4d(x, dt, A, 1, C, D);   output glu(W_out gelu(y)): one half gates the other.   B is 1, since only C B matters.
     A real system with n = d_state numbers of state is n/2 complex modes and their conjugates. One of each pair is kept
-    and C doubled, here and nowhere else. Re A = -exp(.) stays negative. A complex parameter is kept as pairs of real
-    numbers, (d, n/2, 2), or as two tensors, since .to(dtype) would drop an imaginary part. The modes begin as -1/2 + i pi
-    j (S4D-Lin). A small change of dt or A changes the whole kernel, so these learn slowly.
+    and C doubled (S4, below, puts the others back instead). Re A = -exp(.) stays negative. A complex parameter is kept
+    as pairs of real numbers, (d, n/2, 2), or as two tensors, since .to(dtype) would drop an imaginary part. The modes
+    begin as -1/2 + i pi j (S4D-Lin). A small change of dt or A changes the whole kernel, so these learn slowly.
     """
     slow = ("log_dt", "log_A_real", "A_imag")  # train.py: a tenth of the learning rate
 
@@ -590,7 +600,7 @@ class S4(S4D):
 
     P P^* ties every mode to every other, so the conjugates are computed too; only their parameters are shared.
     """
-    slow = (*S4D.slow, "P", "B")
+    slow = (*S4D.slow, "P", "B")  # as its authors train it
 
     def __init__(self, c):
         super().__init__(c)
@@ -737,6 +747,7 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        require(c.block, f"an Encoder needs a block, {' or '.join(BLOCKS)}")
         self.embedding = nn.Embedding(c.vocab, c.d_model)
         self.position_table = nn.Embedding(c.n_position, c.d_model) if c.n_position else None
         self.norm = make_norm(c)
@@ -780,14 +791,14 @@ def save(path, model, layout="own", **extra):
     config = dataclasses.asdict(model.config)
     if layout != "own":
         return write(path, layout, config, model.state_dict())
-    content = {"format": FORMAT, "torch": str(torch.__version__), "config": config,
-               "model": model.state_dict(), **extra}
+    content = {**extra, "format": FORMAT, "torch": str(torch.__version__), "config": config,
+               "model": model.state_dict()}
     with whole_file(Path(path)) as file:
         torch.save(content, file)
 
 
 def find_weights(path):
-    """The file that path is, or the first of FILES inside."""
+    """The file that path is, or the one that data/tensors.py finds inside."""
     advice = f"; train one: python train.py --out {path.parent if path.suffix == '.pt' else path}"
     require(path.exists(), f"no checkpoint at {path}{advice}")
     found = find(path) if path.is_dir() else path
@@ -807,7 +818,7 @@ def load(path, device="cpu"):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         layout, config, weights = read(path, content)
         content = {"layout": layout, "config": config, "model": weights}
-    if not isinstance(content.get("flags", {}), dict):  # a run's are; these are somebody else's
+    if not isinstance(content.get("flags", {}), dict):  # not those of a run
         del content["flags"]
     try:
         with torch.device("meta"):
@@ -819,7 +830,8 @@ def load(path, device="cpu"):
         require(plain, "its weights are no floats")
         double = any(t.dtype == torch.float64 for t in weights.values())
         dtype = torch.float64 if double else torch.float32  # float16 makes a file small
-        weights = {name: t.to(dtype).contiguous() for name, t in weights.items()}  # not expanded
+        # contiguous: a file may hold expanded tensors, whose elements share memory
+        weights = {name: t.to(dtype).contiguous() for name, t in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
