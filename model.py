@@ -38,9 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.bpe import check_merges
-from data.checkpoints import misfits, read, write
+from data.checkpoints import read, write
 from data.files import UserError, bounded, check_fields, require, require_one_of, whole_file
-from data.tensors import FILES, FORMAT, find, read_file
+from data.tensors import FORMAT, find, read_file
 from scan import (SELECTIVE_SCANS, dplr_legs, fft_conv, per_head, s4, s4d, s4d_kernel,
                   selective_scan, ssd, ssd_scan)
 
@@ -797,44 +797,34 @@ def save(path, model, layout="own", **extra):
         torch.save(content, file)
 
 
-def find_weights(path):
-    """The file that path is, or the one that data/tensors.py finds inside."""
-    advice = f"; train one: python train.py --out {path.parent if path.suffix == '.pt' else path}"
-    require(path.exists(), f"no checkpoint at {path}{advice}")
-    found = find(path) if path.is_dir() else path
-    require(found, f"no {', '.join(FILES)} in {path}{advice}")
-    return found
-
-
 def load(path, device="cpu"):
     """(model, extra) from a file or a folder: of a run (best.pt, or last.pt if nothing has been validated yet), or a
     published checkpoint, in any layout of data/checkpoints.py.
 
     The tensors of a float32 file become the parameters: on a CPU there is never a second copy of the weights.
     """
-    path = find_weights(Path(path))
+    path = find(Path(path))
     content = read_file(path)
-    layout = None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        layout, config, weights = read(path, content)
-        content = {"layout": layout, "config": config, "model": weights}
-    if not isinstance(content.get("flags", {}), dict):  # not those of a run
-        del content["flags"]
     try:
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            content = read(path, content)
+        if not isinstance(content.get("flags", {}), dict):  # not those of a run
+            del content["flags"]
         with torch.device("meta"):
             model = make_model(Config(**content.pop("config")))
-        weights = content.pop("model")
-        wrong = misfits(layout, model.state_dict(), weights)
-        require(not wrong, wrong)
-        plain = all(t.is_floating_point() and not t.is_meta for t in weights.values())
-        require(plain, "its weights are no floats")
-        double = any(t.dtype == torch.float64 for t in weights.values())
+        model.load_state_dict(content.pop("model"), assign=True)  # or says what does not fit
+        weights = [*model.parameters()]
+        require(all(p.is_floating_point() and p.layout == torch.strided and not p.is_meta
+                    for p in weights), "its weights are no floats")
+        double = any(p.dtype == torch.float64 for p in weights)
         dtype = torch.float64 if double else torch.float32  # float16 makes a file small
-        # contiguous: a file may hold expanded tensors, whose elements share memory
-        weights = {name: t.to(dtype).contiguous() for name, t in weights.items()}
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f"{path} does not fit this program: {' '.join(str(e).split())}") from e
+        for p in weights:  # a file may hold expanded tensors, whose elements share memory
+            p.data = p.data.to(dtype).contiguous()
+    except LookupError as e:
+        raise UserError(f"{path}, or a config.json beside it, lacks {e}") from e
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"{path}, or a config.json beside it, does not fit this program: "
+                        + " ".join(str(e).split())[:400]) from e
     if model.config.tie:  # which assign has ended
         model.embedding.weight = model.lm_head.weight
     return model.to(device).eval(), content

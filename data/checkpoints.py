@@ -2,7 +2,7 @@
 
 A layout is a table: how each beginning of a name reads here, and how each setting in config.json is called. read and
 write go through the same tables in opposite directions. Sizes come from config.json; whether the tensors have them is
-found by misfits, tensor by tensor.
+for the model to find.
 """
 import json
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.files import UserError, require, whole_file
+from data.files import require, whole_file
 from data.tensors import FORMAT, read_file, some, write_safetensors
 
 UNUSED = "unused."  # the beginning of our name for a tensor that no model of ours has
@@ -127,32 +127,15 @@ def rename(name, rows):
     return None
 
 
-def backwards(layout):
-    """The rows of a layout's names, (ours, theirs)."""
-    return [(ours, theirs) for theirs, ours in LAYOUTS[layout].names]
-
-
-def recognise(path, names):
+def recognise(names):
     """(layout, {their name: our name}): the layout that knows the most names; it must know all."""
     found = {layout: {name: rename(str(name).removeprefix("module."), table.names)
                       for name in names} for layout, table in LAYOUTS.items()}
     best = min(found, key=lambda layout: list(found[layout].values()).count(None))
     strangers = [name for name, ours in found[best].items() if ours is None]
-    require(not strangers, f"{path} holds {some(strangers)}, expected {FORMAT} "
+    require(not strangers, f"it holds {some(strangers)}, expected {FORMAT} "
                            f"or one of the layouts {', '.join(LAYOUTS)}")
     return best, found[best]
-
-
-def misfits(layout, expected, found):
-    """What is missing, unknown or misshapen, in the layout's own names; expected and found are {our name: tensor}."""
-    rows = backwards(layout) if layout else [("", "")]
-
-    def shape(tensors, name):
-        return list(tensors[name].shape) if name in tensors else "none"
-
-    wrong = [name for name in expected | found if shape(found, name) != shape(expected, name)]
-    return some(f"{rename(name, rows)} has shape {shape(found, name)}, "
-                f"expected {shape(expected, name)}" for name in wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +202,7 @@ def mamba_sizes(tensors):
 
 
 def complete(layout, tensors, config):
-    """All settings of ours, from config.json, or for a Mamba without one from the shapes; misfits compares the rest."""
+    """All settings of ours, from config.json, or for a Mamba without one from the shapes."""
     table = LAYOUTS[layout]
     kind = "mamba2" if "layers.0.mixer.dt_bias" in tensors else next(iter(table.settings))
     require(config is not None or kind == "mamba", "config.json is missing beside it")
@@ -246,35 +229,23 @@ def complete(layout, tensors, config):
 
 
 def read(path, content):
-    """(layout, settings of ours, {our name: tensor}) of what read_file found in path.
-
-    UserError for what is not whole.
-    """
+    """What model.load takes, of what read_file found in path; any error for what does not fit together."""
     require(isinstance(content, dict) and content,
-            f"{path} holds {type(content).__name__}, expected {FORMAT} or named tensors")
-    layout, names = recognise(path, content)
-    strange = [name for name, t in content.items()
-               if not (torch.is_tensor(t) and t.layout == torch.strided)]
-    require(not strange, f"{path}: {some(strange)} is no dense tensor")
+            f"it holds {type(content).__name__}, expected {FORMAT} or named tensors")
+    layout, names = recognise(content)
     config = path.with_name("config.json")
     config = read_file(config) if config.is_file() else None
-    try:
-        tensors = {ours: content.pop(name) for name, ours in names.items()
-                   if not ours.startswith(UNUSED)}
-        c = complete(layout, tensors, config)
-        if "type_table.weight" in tensors:  # of BiGS; here all of a text is of segment type 0
-            types = tensors.pop("type_table.weight")
-            tensors["position_table.weight"] = tensors["position_table.weight"] + types[0]
-    except LookupError as e:
-        raise UserError(f"{path} lacks {e}, which a {layout} checkpoint has") from e
-    except (AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} and config.json cannot be read as a {layout} checkpoint: "
-                        + " ".join(str(e).split())) from e
+    tensors = {ours: content.pop(name) for name, ours in names.items()
+               if not ours.startswith(UNUSED)}
+    c = complete(layout, tensors, config)
+    if "type_table.weight" in tensors:  # of BiGS; here all of a text is of segment type 0
+        types = tensors.pop("type_table.weight")
+        tensors["position_table.weight"] = tensors["position_table.weight"] + types[0]
     embedding = tensors["embedding.weight"]
     c["tie"] = torch.equal(tensors.get("lm_head.weight", embedding), embedding)
     if c["tie"]:
         tensors["lm_head.weight"] = embedding
-    return layout, c, tensors
+    return {"layout": layout, "config": c, "model": tensors}
 
 
 def write(path, layout, c, tensors):
@@ -288,7 +259,7 @@ def write(path, layout, c, tensors):
             f"this model has {kind} with {needs}")
     if c["n_position"]:  # of BiGS, which has two types of segments
         tensors = {**tensors, "type_table.weight": torch.zeros(2, c["d_model"])}
-    rows = backwards(layout)
+    rows = [(ours, theirs) for theirs, ours in table.names]
     tensors = {rename(name, rows): t for name, t in tensors.items()}
     save = write_safetensors if table.file.endswith(".safetensors") else torch.save
     if save is write_safetensors and c["tie"]:  # no two names for the same memory there

@@ -22,12 +22,16 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
-def find(folder):
-    """The file of a run or a published checkpoint: the first of FILES, or else the only file that ends like one, or
-    None."""
-    known = [folder / name for name in FILES if (folder / name).exists()]
-    found = known[:1] or [path for path in folder.iterdir() if path.suffix in ENDINGS]
-    return found[0] if len(found) == 1 else None
+def find(path):
+    """The file that path is, or in a folder the first of FILES, or else the only file that ends like one."""
+    advice = f"; train one: python train.py --out {path.parent if path.suffix == '.pt' else path}"
+    require(path.exists(), f"no checkpoint at {path}{advice}")
+    if not path.is_dir():
+        return path
+    known = [path / name for name in FILES if (path / name).exists()]
+    found = known[:1] or [file for file in path.iterdir() if file.suffix in ENDINGS]
+    require(len(found) == 1, f"no {', '.join(FILES)} in {path}{advice}")
+    return found[0]
 
 
 def some(names):

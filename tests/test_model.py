@@ -514,7 +514,7 @@ def test_a_file_that_is_cut_short_or_no_checkpoint_is_named(tmp_path):
 def test_a_checkpoint_that_does_not_fit_says_where(tmp_path):
     path, model = tmp_path / "m.pt", make("mamba")
     config, weights = dataclasses.asdict(model.config), model.state_dict()
-    settings = [({"d_model": 16}, "weight has shape [17, 12], expected [17, 16]"),
+    settings = [({"d_model": 16}, "size mismatch for embedding.weight"),
                 ({"n_heads": 3}, "n_heads"), ({"merges": 7}, "merges"),
                 ({"layers": ["mamba"]}, "layers.1"), ({"layers": ["rwkv"]}, "rwkv")]
     doubling = [[97, 97]] + [[256 + i] * 2 for i in range(59)]  # the last word has 2^60 bytes
