@@ -314,13 +314,13 @@ class SubwordDrafter(Drafter):
                 logits, state = read(self.model, [drawn], state)
                 self.states[len(text) + len(guesses)] = logits, state
             first, end = self.bpe.span(prefix)
-            of_words = distribution(logits[:, self.order[first:end]])  # (1, end - first)
-            place = torch.multinomial(of_words, 1, generator=generator).item()
-            drawn = self.bpe.order[first + place]
+            logits = logits[0, self.order]
+            logits[:first] = logits[end:] = -torch.inf
+            of_words = distribution(logits)
+            drawn = self.bpe.order[torch.multinomial(of_words, 1, generator=generator).item()]
             word = self.bpe.words[drawn]
-            # (bytes that the word adds, 256); in double, since it subtracts cumulative sums
-            revealed = self.bpe.reveal(of_words[0].cpu().double().numpy(), word, len(prefix), first)
-            q.append(torch.from_numpy(revealed))
+            revealed = self.bpe.reveal(of_words.cpu().double().numpy(), word, len(prefix))
+            q.append(torch.from_numpy(revealed))  # (bytes that the word adds, 256)
             guesses += word[len(prefix):]
             prefix = b""
         return list(guesses), torch.cat(q)

@@ -8,6 +8,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from functools import cache, cached_property
 
 import numpy as np
 from tqdm import tqdm
@@ -84,23 +85,19 @@ class BPE:
     """
 
     def __init__(self, merges=()):
-        self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
         self.words = [bytes([b]) for b in range(256)]
-        for a, b in self.merges:
+        for a, b in merges:
             self.words.append(self.words[a] + self.words[b])
         self.order = sorted(range(len(self.words)), key=self.words.__getitem__)
         self.sorted = [self.words[i] for i in self.order]
-        self.pieces = {}  # what encode has worked out before
-        self.bounds = {}  # likewise branches
+        self.encode_piece = cache(self.encode_piece)
 
     def encode(self, data):
         """Bytes, or an array of them -> words, an array of integers."""
         out = array("H")
         for piece in PIECE.findall(bytes(data)):
-            if piece not in self.pieces:
-                self.pieces[piece] = array("H", self.encode_piece(piece))
-            out += self.pieces[piece]
+            out += self.encode_piece(piece)
         return np.array(out, np.uint16)
 
     def encode_piece(self, piece):
@@ -111,7 +108,7 @@ class BPE:
             if pair not in self.rank:
                 break
             words = merge(words, pair, 256 + self.rank[pair])
-        return words
+        return array("H", words)
 
     def resume(self, text, lengths):
         """Where to encode a text anew of which some beginnings, of these lengths, have been read already.
@@ -128,25 +125,24 @@ class BPE:
         """(first, end): the words that begin with prefix, or are it, are sorted[first:end]."""
         return bisect_left(self.sorted, prefix), bisect_left(self.sorted, prefix + b"\xff" * 99)
 
-    def branches(self, prefix):
-        """257 bounds: the words that go on after prefix with byte b are sorted[bounds[b]:bounds[b + 1]]."""
-        if prefix not in self.bounds:
-            starts = [bisect_left(self.sorted, prefix + bytes([b])) for b in range(256)]
-            self.bounds[prefix] = np.array([*starts, self.span(prefix)[1]])
-        return self.bounds[prefix]
+    @cached_property
+    def letters(self):
+        """(words, 25): the bytes of each word in order, and 256 after its end."""
+        return np.array([[*word, *[256] * (25 - len(word))] for word in self.sorted])
 
-    def reveal(self, q, word, known=0, first=0):
+    def reveal(self, q, word, known=0):
         """The distributions (len(word) - known, 256) of a word's bytes after the first `known`, if it is drawn from q.
 
-        q holds the probabilities of the words sorted[first:], as many as q has; all others have none. Byte i is b with
-        the mass of all words that begin with word[:i] + b, divided by that of all that begin with word[:i] and are
-        longer. With the words a and ab, byte 1 of ab is certain: whether the word ends is a draw of its own, made
-        before the next byte is drawn. It decides whether a byte is guessed at all, and not which.
+        q holds the probabilities of the words in order. Byte i is b with the mass of all words that begin with
+        word[:i] + b, divided by that of all that begin with word[:i] and are longer. With the words a and ab, byte 1
+        of ab is certain: whether the word ends is a draw of its own, made before the next byte is drawn. It decides
+        whether a byte is guessed at all, and not which.
         """
-        bounds = [self.branches(word[:i]) for i in range(known, len(word))]
-        bounds = np.array(bounds, dtype=int).reshape(-1, 257)
-        sums = np.concatenate([[0], np.cumsum(q)])
-        mass = np.diff(sums[(bounds - first).clip(0, len(q))], axis=1)
+        mass = np.zeros((len(word) - known, 257), q.dtype)
+        for row, i in zip(mass, range(known, len(word))):
+            same = slice(*self.span(word[:i]))
+            np.add.at(row, self.letters[same, i], q[same])
+        mass = mass[:, :256]
         return mass / mass.sum(1, keepdims=True)
 
 

@@ -23,7 +23,7 @@ class Words(BPE):
     """A vocabulary of any words, as a trie."""
 
     def __init__(self, words):
-        self.words, self.bounds, self.sorted = words, {}, sorted(words)
+        self.words, self.sorted = words, sorted(words)
         self.order = [words.index(word) for word in self.sorted]
 
 
@@ -97,9 +97,6 @@ def test_training_on_words_reports_bits_per_byte_and_keeps_the_merges(tmp_path, 
 
 def test_a_trie_knows_what_goes_on_after_a_prefix():
     for prefix in (b"", b"a", b"ab", b"aab", b"c"):
-        bounds = TRIE.branches(prefix)
-        for b in range(256):
-            assert TRIE.sorted[bounds[b]:bounds[b + 1]] == [w for w in TRIE.sorted if w.startswith(prefix + bytes([b]))]
         assert TRIE.sorted[slice(*TRIE.span(prefix))] == [w for w in TRIE.sorted if w.startswith(prefix)]
 
 
@@ -110,7 +107,7 @@ def test_revealing_what_is_left_of_a_word():
     np.testing.assert_allclose(words.reveal(q, b"ab")[[0, 1], [97, 98]], [1, 1], rtol=1e-15)
     np.testing.assert_allclose(words.reveal(q, b"ab", known=1)[:, 98], [1], rtol=1e-15)
     assert words.reveal(q, b"ab", known=2).shape == (0, 256)
-    np.testing.assert_allclose(words.reveal(q[1:], b"ab", 1, first=1)[:, 98], [1], rtol=1e-15)
+    np.testing.assert_allclose(words.reveal(q * [0, 1], b"ab", 1)[:, 98], [1], rtol=1e-15)
 
 
 def test_the_longest_suffix_is_copied_from_where_it_occurred_last():
