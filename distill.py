@@ -125,19 +125,15 @@ def replaced(student, other):
     return [i for i, (own, its) in layers if "attention" in its and "attention" not in own]
 
 
-def prefixes(layers):
-    """How the names of the parameters in these layers' mixers begin, for str.startswith."""
-    return tuple(f"layers.{i}.mixer." for i in layers)
-
-
 def make_student(source, share, mixers):
     """source with attention replaced where it is not kept: all weights but the new mixers' are taken over, and
     none if mixers is scratch."""
     student = LM(student_config(source.config, share, mixers)).to(source.embedding.weight)
     if mixers != "scratch":
         new = replaced(student, source)
+        skipped = tuple(f"layers.{i}.mixer." for i in new)
         weights = source.state_dict().items()
-        kept = {name: w for name, w in weights if not name.startswith(prefixes(new))}
+        kept = {name: w for name, w in weights if not name.startswith(skipped)}
         student.load_state_dict(kept, strict=False)  # all but the new mixers'
         if mixers == "attention":
             for i in new:
@@ -158,8 +154,9 @@ def make_student(source, share, mixers):
 
 def freeze(student, stage, new):
     """Gradients only for what the stage trains: without one AdamW neither steps nor decays."""
-    for name, p in student.named_parameters():
-        p.requires_grad_(stage == "all" or name.startswith(prefixes(new)))
+    student.requires_grad_(stage == "all")
+    for i in new:
+        student.layers[i].mixer.requires_grad_()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,36 +187,31 @@ def match(student, teacher, targets, kl, reverse_kl, ce):
     return loss
 
 
-def align_loss(student, seen):
-    """The mean over layers i of |mixer(x) - y|^2 / |y|^2: seen[i] = (x, y), what attention there read and answered."""
+def align_loss(student, teacher, tokens, new):
+    """The mean over the new layers of |mixer(h) - y|^2 / |y|^2: in the teacher attention there reads h and answers y."""
     each = []
-    for i, (x, y) in seen.items():
-        error = student.layers[i].mixer(x, upto=0)[0] - y
-        each.append(error.square().mean() / y.square().mean())
+    x = teacher.embedding(tokens)
+    for i, layer in enumerate(teacher.layers):
+        if i in new:
+            h = layer.norm(x)
+            y, _ = layer.mixer(h, upto=0)
+            error = student.layers[i].mixer(h, upto=0)[0] - y
+            each.append(error.square().mean() / y.square().mean())
+        x, _ = layer(x, upto=0)
     return torch.stack(each).mean()
 
 
 def make_loss(c, teacher, new):
-    """loss_of(student, tokens, targets) for train.fit: the teacher reads first, without a trace for gradients."""
-    seen = {}  # layer -> what its attention read and answered
+    """loss_of(student, tokens, targets) for train.fit."""
+    teacher.requires_grad_(False)
 
-    def align(student, tokens, targets):
-        with torch.no_grad():
-            teacher(tokens, upto=0, last=True)  # fills seen
-        return align_loss(student, seen)
-
-    def imitate(student, tokens, targets):
-        with torch.no_grad():
-            wanted = teacher(tokens, upto=0)[0] if c.kl or c.reverse_kl else None
+    def loss_of(student, tokens, targets):
+        if c.stage == "align":
+            return align_loss(student, teacher, tokens, new)
+        wanted = teacher(tokens, upto=0)[0] if c.kl or c.reverse_kl else None
         return match(student(tokens, upto=0)[0], wanted, targets, c.kl, c.reverse_kl, c.ce)
 
-    if c.stage != "align":
-        return imitate
-    for i in new:
-        def note(_, args, answer, i=i):  # torch calls it after the mixer, with its input and output
-            seen[i] = args[0], answer[0]
-        teacher.layers[i].mixer.register_forward_hook(note)
-    return align
+    return loss_of
 
 
 # ---------------------------------------------------------------------------------------------------------------------

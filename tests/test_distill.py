@@ -170,12 +170,11 @@ def test_narrow_logits_are_compared_in_float32():
 
 def test_alignment_is_zero_for_the_layer_itself_and_one_for_a_silent_layer():
     """Both read what the teacher's layer reads, so that layers do not depend on one another."""
-    teacher, x = transformer(), torch.randn(2, 7, 24, dtype=F64)
-    seen = {i: (x, teacher.layers[i].mixer(x)[0].detach()) for i in (0, 2)}
-    assert align_loss(teacher, seen).item() == 0
-    for i in seen:
-        teacher.layers[i].mixer.out_proj.weight.data.zero_()
-    assert align_loss(teacher, seen).item() == 1
+    teacher, student, tokens = transformer(), transformer(), torch.randint(256, (2, 7))
+    assert align_loss(student, teacher, tokens, (0, 2)).item() == 0
+    for i in (0, 2):
+        student.layers[i].mixer.out_proj.weight.data.zero_()
+    assert align_loss(student, teacher, tokens, (0, 2)).item() == 1
 
 
 # The script
