@@ -27,7 +27,6 @@ Mamba-2's, -16 .. -1: with A = 0 nothing would be forgotten and order be lost; s
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -222,11 +221,8 @@ GLANCE = 100_000  # tokens to validate teacher and student on before the first s
 
 def load_lm(name, path, device, dtype):
     """The LM that the flag --name gives."""
-    require(Path(path).exists(), f"--{name} {path}: no such checkpoint; a teacher is trained by "
-            "python train.py --layer attention --out out/attention")
     model, _ = load(path, device)
-    kind = type(model).__name__
-    require(kind == "LM", f"--{name} {path} holds a {kind}, not a causal LM")
+    require(not model.config.block, f"--{name} {path} holds an encoder, not a causal LM")
     return model.to(dtype)
 
 
@@ -266,34 +262,30 @@ def show(c, teacher, student, corpus):
           f"of the first {len(glance):,} to validate")
 
 
-def distil(c, student, extra):
-    """What main does in a folder of its own."""
-    require(c.stage == "align" or c.kl + c.reverse_kl + c.ce > 0,
-            "--kl, --reverse_kl and --ce are all 0; raise one")
-    rank, world, device = where = join_processes(pick_device(c.device))
-    require(c.stage != "align" or world == 1, "--stage align runs without torchrun")
-    teacher, source = load_models(c, device, extra)
-    corpus = load_text(c.data, teacher.config)
-    if c.pseudo:
-        text = load_text(c.pseudo, teacher.config).train
-        corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
-    torch.manual_seed(c.seed)
-    if not extra:
-        student = make_student(source, c.keep_attention, c.mixers)
-    new = replaced(student, teacher)  # those of earlier stages too
-    require(c.stage == "all" or new, f"--stage {c.stage} trains new mixers, "
-            f"and --keep_attention {c.keep_attention} leaves none")
-    freeze(student, c.stage, new)
-    if rank == 0 and not extra:
-        show(c, teacher, student, corpus)
-    return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new))
-
-
 @script
 def main(argv):
     c, given = parse(Flags, argv, "Distil a transformer into a state-space or hybrid model.")
     with claim(c):
-        return distil(*open_run(c, given))
+        c, student, extra = open_run(c, given)
+        require(c.stage == "align" or c.kl + c.reverse_kl + c.ce > 0,
+                "--kl, --reverse_kl and --ce are all 0; raise one")
+        rank, world, device = where = join_processes(pick_device(c.device))
+        require(c.stage != "align" or world == 1, "--stage align runs without torchrun")
+        teacher, source = load_models(c, device, extra)
+        corpus = load_text(c.data, teacher.config)
+        if c.pseudo:
+            text = load_text(c.pseudo, teacher.config).train
+            corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
+        torch.manual_seed(c.seed)
+        if not extra:
+            student = make_student(source, c.keep_attention, c.mixers)
+        new = replaced(student, teacher)  # those of earlier stages too
+        require(c.stage == "all" or new, f"--stage {c.stage} trains new mixers, "
+                f"and --keep_attention {c.keep_attention} leaves none")
+        freeze(student, c.stage, new)
+        if rank == 0 and not extra:
+            show(c, teacher, student, corpus)
+        return fit(c, where, student, extra, corpus, loss_of=make_loss(c, teacher, new))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, tmp_pa
 
 @pytest.mark.parametrize("flag, changes, parts", [
     ("--teacher", {"layers": ("mamba2",), "head_dim": 8}, ["no attention", "mamba2"]),
-    ("--teacher", {"layers": ("attention",), "block": "gated", "tie": True}, ["Encoder", "causal"]),
+    ("--teacher", {"layers": ("attention",), "block": "gated", "tie": True}, ["encoder", "causal"]),
     ("--student", {"d_model": 32}, ["'d_model': 32"]),
     ("--student", {"vocab": 300}, ["'vocab': 300"]),
     ("--student", {"layers": ("attention+mlp",) * 3}, ["'n_layer': 3"]),
