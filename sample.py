@@ -436,8 +436,11 @@ def report(rounds, seconds, plain):
           f"{plain_seconds / seconds:.2f} times as fast", file=sys.stderr)
 
 
-def write(c):
-    """Fills, speculates or generates, by the flags."""
+@script
+def main(argv):
+    c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
+    check(c)
+    c.ckpt = c.ckpt or first_ckpt()
     device = pick_device(c.device)
     dtype, cast = pick_dtype(c.dtype, device)
     model, extra = load(c.ckpt, device)
@@ -451,6 +454,7 @@ def write(c):
     ids = vocabulary.holes(os.fsencode(c.fill), c.bytes) if c.fill else vocabulary.encode(prompt)
     tokens = torch.tensor([ids], device=device).repeat(c.batch, 1)
     generator = torch.Generator(device).manual_seed(c.seed)
+    rounds = []
 
     def distribution(logits):
         return filter_logits(logits, c.temperature, c.top_k, c.top_p)
@@ -463,29 +467,18 @@ def write(c):
         if c.fill:
             filled = unmask(model, tokens, c.rounds, distribution, generator,
                             vocabulary.mask, likeliest=c.temperature == 0)
-            return show([[vocabulary.decode(text)] for text in filled.tolist()], c.raw)
-        if c.batch > 1:
+            texts = [[vocabulary.decode(text)] for text in filled.tolist()]
+        elif c.batch > 1:
             steps = tqdm(plain(), total=c.bytes, disable=None)  # of c.batch tokens each
-            texts = zip(*steps)
-            return show([[prompt + vocabulary.decode(text)] for text in texts], c.raw)
-        rounds = []
-        if c.draft:
-            stream = speculate(model, tokens, c.bytes, distribution, drafter,
-                               c.k, generator, rounds)
+            texts = [[prompt + vocabulary.decode(text)] for text in zip(*steps)]
         else:
-            stream = plain()
+            stream = plain() if not c.draft else speculate(
+                model, tokens, c.bytes, distribution, drafter, c.k, generator, rounds)
+            texts = [chain([prompt], map(vocabulary.decode, stream))]
         began = time.perf_counter()
-        show([chain([prompt], map(vocabulary.decode, stream))], c.raw)
-        if c.draft and c.stats:
+        show(texts, c.raw)
+        if c.stats:
             report(rounds, time.perf_counter() - began, plain())
-
-
-@script
-def main(argv):
-    c, _ = parse(Flags, argv, "Let a trained model write on from a prompt.")
-    check(c)
-    c.ckpt = c.ckpt or first_ckpt()
-    write(c)
     return 0
 
 
