@@ -830,6 +830,8 @@ class Flags(RunFlags):
 def load_data(c):
     """(corpus, objective): a text, or a task of data/synthetic.py, which needs none."""
     if c.data in TASKS:
+        require(c.seq_len >= 3, f"--data {c.data} needs windows of at least 3 bytes, not "
+                f"--seq_len {c.seq_len}")
         none = np.empty(0, np.uint8)
         note = f"new windows in each step, {TASK_WINDOWS} to validate"
         objective = NEXT._replace(unit="bits per target", task=TASKS[c.data])

@@ -210,8 +210,8 @@ def complete(layout, tensors, config):
     told.pop("rms", None)  # the tensors tell; MambaByte's have LayerNorms whatever it says
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     rows, d_model = tensors["embedding.weight"].shape
-    c = {"layers": (kind,) * len(layers), "d_model": d_model}
-    c["norm"] = "layer" if "layers.0.norm.bias" in tensors else "rms"
+    c = {"layers": (kind,) * len(layers), "d_model": d_model,
+         "norm": "layer" if "layers.0.norm.bias" in tensors else "rms"}
     if kind == "attention+mlp":
         c["n_kv_head"] = told["n_head"]  # of Llama 1, unless config.json tells
     if kind == "s4d":

@@ -22,19 +22,13 @@ NOISE, COPY, MARK = b".=#"
 KEYS = np.arange(64, 96)  # of recall: "@", "A" to "_"
 
 
-def generator(name, length, seed, step):
-    """numpy's generator for (seed, step), as in corpus.windows. UserError if a window is too short for the task."""
-    require(length >= 3, f"--data {name} needs windows of at least 3 bytes, not --seq_len {length}")
-    return np.random.default_rng((seed, step))
-
-
 def selective_copy(length, batch, seed, step):
     """Letters scattered among dots, then as many `=`, whose targets are the letters in order.
 
     There are sqrt(length) / 4 letters: 4 in 256 bytes, and 16 in 4,112, which is the paper's size, 4,096 and the 16 to
     fill in.
     """
-    rng = generator("selective_copy", length, seed, step)
+    rng = np.random.default_rng((seed, step))
     count = max(1, round(length**0.5 / 4))
     order = rng.random((batch, length - count)).argsort(1)
     places = np.sort(order[:, :count], axis=1)  # (batch, count)
@@ -49,7 +43,7 @@ def selective_copy(length, batch, seed, step):
 
 def induction(length, batch, seed, step):
     """Random letters with a `#` somewhere and one at the end, whose target is the letter after the first."""
-    rng = generator("induction", length, seed, step)
+    rng = np.random.default_rng((seed, step))
     rows = np.arange(batch)
     tokens = rng.choice(LETTERS, (batch, length)).astype(np.int64)
     place = rng.integers(length - 2, size=batch)
@@ -62,7 +56,7 @@ def induction(length, batch, seed, step):
 
 def parity(length, batch, seed, step):
     """Random bits; the target at every place is 1 if the ones up to it, itself included, are odd, and else 0."""
-    rng = generator("parity", length, seed, step)
+    rng = np.random.default_rng((seed, step))
     bits = rng.integers(2, size=(batch, length))
     return ord("0") + bits, ord("0") + bits.cumsum(1) % 2
 
@@ -74,7 +68,7 @@ def recall(length, batch, seed, step, pairs=0):
     pairs, or with 0 a number of its own from 1 to length / 4, at most 32: small ones are learnt first and teach the
     others.
     """
-    rng = generator("recall", length, seed, step)
+    rng = np.random.default_rng((seed, step))
     require(0 <= 2 * pairs < length and pairs <= len(KEYS), f"recall: {pairs} pairs do not fit "
             f"into {length} bytes and {len(KEYS)} keys")
     most = min(max(length // 4, 1), len(KEYS))

@@ -85,7 +85,8 @@ def read_shards(index):
     where = json.loads(index.read_bytes())["weight_map"]
     tensors = {}
     for file in sorted(set(where.values())):
-        require(file.endswith(ENDINGS), f"{index} names {some([file])}, which holds no tensors")
+        require(file.endswith(ENDINGS) and index.with_name(file).is_file(),
+                f"{index} names {some([file])}, which is missing or holds no tensors")
         shard = read_file(index.with_name(file))
         wrong = shard.keys() ^ {name for name in where if where[name] == file}
         require(not wrong, f"{index} and {file} differ in {some(wrong)}")
@@ -95,15 +96,11 @@ def read_shards(index):
 
 def read_file(path):
     """The content of one file, by its ending; UserError for whatever is wrong with it."""
-    require(path.is_file() or not path.exists(), f"{path} is no file")  # open would wait for a pipe
+    require(path.is_file(), f"{path} is no file")  # open would wait for a pipe
     try:
         with open(path, "rb") as file:
-            start = file.read(11)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
-    require(start != b"version htt",
-            f"{path} is only a pointer to the file; fetch it: git lfs pull")
-    try:
+            require(file.read(11) != b"version htt",
+                    f"{path} is only a pointer to the file; fetch it: git lfs pull")
         if path.name.endswith(".index.json"):
             return read_shards(path)
         if path.suffix == ".json":

@@ -29,8 +29,7 @@ def drop(text, *categories):
 
 def split_words(text):
     """The words and marks of a text, lower-cased, without accents and control characters."""
-    text = re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", "")
-    text = "".join(f" {c} " if stands_alone(c) else c for c in drop(text, "Cc", "Cf"))
+    text = drop(re.sub(r"[\t\n\r]", " ", text).replace("\ufffd", ""), "Cc", "Cf")
     text = drop(unicodedata.normalize("NFD", text), "Mn").lower()  # accents are characters there
     return "".join(f" {c} " if stands_alone(c) else c for c in text).split()
 

@@ -371,7 +371,7 @@ def test_shards_that_are_missing_or_repeat_each_other_are_named(tmp_path):
     torch.save(weights, tmp_path / "b.bin")
     assert "and b.bin differ in backbone." in failure(tmp_path)
     (tmp_path / "b.bin").unlink()
-    assert "b.bin cannot be read: No such file" in failure(tmp_path)
+    assert "names b.bin, which is missing" in failure(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
