@@ -93,12 +93,11 @@ class Config:
         require(not ropes or fine and ropes[1] < ropes[2],
                 f"rope_scaling {ropes!r:.80} is not four positive numbers, the second below the third")
         self.merges = check_merges(self.merges, self.vocab)
-        require(self.layers and all(type(i) is str for i in self.layers),
-                f"layers {self.layers!r:.80}: a model needs at least one layer, each a name")
+        require(self.layers, "layers is empty: a model needs at least one layer")
         require_one_of("block", self.block, ["", *BLOCKS])
-        mixers = ENCODER_MIXERS if self.block else MIXERS
-        for kind in self.layers if self.block else self.kinds:  # an encoder's layer has no +mlp
-            require_one_of("layer", kind, mixers)
+        known = ENCODER_MIXERS if self.block else [*MIXERS, *(f"{kind}+mlp" for kind in MIXERS)]
+        for layer in self.layers:
+            require_one_of("layer", layer, known)
         require(self.tie or not self.block, "tie is off, but an encoder's head shares the "
                 "embedding's weight")
         self.n_kv_head = self.n_kv_head or self.n_head

@@ -66,9 +66,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def prefill(model, tokens, state=None):
-    """Read tokens (b, l) in chunks: the logits after the last, (b, v), or None if there are none, and the state."""
-    if tokens.shape[1] == 0:
-        return None, state
+    """Read tokens (b, l >= 1) in chunks: the logits after the last, (b, v), and the state."""
     for chunk in tokens.split(PREFILL, dim=1):
         logits, state = model(chunk, state, last=True)
     return logits[:, -1], state
@@ -196,7 +194,7 @@ def speculate(model, tokens, count, distribution, drafter, k, generator=None, ro
     text = tokens[0].tolist()
     target = len(text) + count
     seen = len(text) - 1
-    state = prefill(model, tokens[:, :seen])[1]
+    state = prefill(model, tokens[:, :seen])[1] if seen else None
     drafter.start()
     while len(text) < target:
         guesses = []

@@ -78,18 +78,13 @@ def vocabulary_of(path, config, layout, fill, crlf=False):
     return Bytes(crlf) if fill or config.vocab == 256 else Ids(config.vocab)
 
 
-def characters(pieces):
-    """Pieces of bytes as valid UTF-8: characters as soon as they are complete, and U+FFFD for what is none."""
-    for text in codecs.iterdecode(pieces, "utf-8", "replace"):
-        yield text.encode()
-
-
 def show(texts, raw):
     """Texts, each in pieces of bytes, to standard output as they come: exact bytes, or characters with headings."""
     for i, pieces in enumerate(texts):
         if not raw:
             heading = f"--- {i + 1} of {len(texts)}\n" if len(texts) > 1 else ""
-            pieces = chain([heading.encode()], characters(pieces), [b"\n"])
+            characters = codecs.iterdecode(pieces, "utf-8", "replace")  # as soon as they are complete
+            pieces = map(str.encode, chain([heading], characters, ["\n"]))
         for piece in pieces:
             if hasattr(sys.stdout, "buffer"):
                 sys.stdout.buffer.write(piece)

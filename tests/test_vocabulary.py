@@ -1,5 +1,4 @@
 """Vocabularies and statistics of text: bytes, ids, byte pairs as a trie, n-grams; and what a person sees of them."""
-import codecs
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from data.bpe import BPE, learn_merges
 from data.corpus import load_corpus
 from data.files import UserError
 from data.ngrams import NgramCounts, copied
-from data.vocabulary import Bytes, Ids, characters, show
+from data.vocabulary import Bytes, Ids, show
 from model import MASK, load
 
 
@@ -130,23 +129,6 @@ def test_counts_are_those_of_the_corpus():
                           (b"a", prior), (b"", prior)):
         np.testing.assert_allclose(counts.predict(context), want)
     np.testing.assert_allclose(NgramCounts([]).predict(b"abcdefgh"), prior)
-
-
-@pytest.mark.parametrize("text", [TEXT, b"\xff", b"a\x80b", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3(",
-                                  b"\xed\xa0\x80", b"\xe2\x82a\xe2\x82", bytes(range(256))])
-def test_characters_appear_as_soon_as_they_are_complete(text):
-    """In pieces of any size. What is none is U+FFFD, and so is an incomplete one at the end."""
-    for size in {1, 2, 3, 4, 5, len(text)}:
-        shown = b""
-
-        def pieces():
-            for i in range(0, len(text), size):
-                assert shown == codecs.utf_8_decode(text[:i], "replace", False)[0].encode()
-                yield text[i:i + size]
-
-        for part in characters(pieces()):
-            shown += part
-        assert shown == text.decode(errors="replace").encode()
 
 
 @pytest.mark.parametrize("raw", [True, False])
