@@ -21,8 +21,9 @@ So the projections of a trained attention layer are where a Mamba-2 layer can be
 Keys and values that several queries share are copied to each of them (g = n_head groups). Rotary positions and the
 factor 1/sqrt(head size) go: order is left to the decay and the convolution, scale to the norm before out_proj. The new
 parts begin near to neutral, which differs from the paper: the convolution is the identity, D is 0, and dt is 0.1 where
-its projection gives 0. Not neutral are SiLU after the convolution, the random gate z and rows of dt, and A, which stays
-Mamba-2's, -16 .. -1: with A = 0 nothing would be forgotten and order be lost; so a head remembers 0.6 to 10 steps.
+its projection gives 0. Not neutral are SiLU after the convolution, the random gate z and rows of dt, the norm, and A,
+which stays Mamba-2's, -16 .. -1: with A = 0 nothing would be forgotten and order be lost; so a head remembers 0.6 to 10
+steps. So the new layer does not answer as attention did; its weights are a place to begin.
 """
 import dataclasses
 import sys
@@ -55,7 +56,7 @@ class Flags(RunFlags):
     kl: float = flag(1.0, "weight of KL(teacher || student)")
     reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
     ce: float = flag(0.0, "weight of the cross entropy of the training text")
-    pseudo: str = flag("", "train on this file, which the teacher wrote (sample.py --raw, or .npy)")
+    pseudo: str = flag("", "train on 90 % of this file, which the teacher wrote (sample.py --raw, or .npy)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ class Flags(RunFlags):
 
 
 def keeps_attention(i, share):
-    """Whether layer i stays attention: from i * share to (i + 1) * share a whole number is reached, as in the paper.
+    """Whether layer i stays attention: if floor((i + 1) share) > floor(i share), as in the paper.
 
         of 8 layers stay   1/8  . . . . . . . 7        3/4  . 1 2 3 . 5 6 7
                            1/4  . . . 3 . . . 7        7/8  . 1 2 3 4 5 6 7
@@ -81,8 +82,9 @@ def student_config(c, share, mixers):
     layers = tuple(name if keeps_attention(i, share) else name.replace("attention", "mamba2")
                    for i, name in enumerate(c.layers))
     if c.kinds != {"attention"}:
-        same = all(getattr(c, name) == value for name, value in shape.items())
-        require(same or mixers != "attention" or layers == c.layers, "there are state-space "
+        same = all(getattr(c, name) == value for name, value in shape.items())  # copying fits
+        nothing_copied = mixers != "attention" or layers == c.layers
+        require(same or nothing_copied, "there are state-space "
                 f"layers of other sizes than {shape}; add --mixers random")
         shape = {}
     return dataclasses.replace(c, layers=layers, **shape)
@@ -147,8 +149,8 @@ def make_student(source, share, mixers):
 # align    new mixers   each learns its attention layer's output from the teacher's input to it (not in the paper)
 # mixers   new mixers   stage 1 of the released code: --kl 0.1 --ce 1 --pseudo FILE, on text that the teacher wrote
 # all      everything   end to end. With --student and a smaller --keep_attention, attention goes a few layers at a time
-# The bar shows the stage's loss; train_bpb in log.jsonl is that in bits, per byte, as if align's were nats too. val_bpb
-# is the student's own.
+# The bar shows the stage's loss; train_bpb in log.jsonl is that / ln 2 / bytes per token, also of align, where it means
+# nothing. val_bpb is the student's own.
 
 
 def freeze(student, stage, new):
@@ -187,7 +189,7 @@ def match(student, teacher, targets, kl, reverse_kl, ce):
 
 
 def align_loss(student, teacher, tokens, new):
-    """The mean over the new layers of |mixer(h) - y|^2 / |y|^2: in the teacher attention there reads h and answers y."""
+    """The mean over the new layers of |mixer(h) - y|^2 / |y|^2, where the teacher's attention reads h and answers y."""
     each = []
     x = teacher.embedding(tokens)
     for i, layer in enumerate(teacher.layers):
@@ -232,13 +234,15 @@ def load_models(c, device, resumed):
     teacher = load_lm("teacher", c.teacher, device, dtype)
     kinds = ", ".join(sorted(teacher.config.kinds))
     require("attention" in kinds, f"--teacher {c.teacher} has no attention but {kinds}; "
-            "train one: python train.py --layer attention --out out/attention")
+            "train one: python train.py --layer attention --n_layer 8 --out out/attention")
     if resumed or not c.student:
         return teacher, teacher
     source = load_lm("student", c.student, device, dtype)
     theirs, ours = ({"n_layer": len(m.layers), "vocab": m.config.vocab, "d_model": m.config.d_model,
                      "n_head": m.config.n_head} for m in (teacher, source))
     require(ours == theirs, f"--student {c.student} has {ours}, the teacher {theirs}")
+    require(source.config.merges == teacher.config.merges,
+            f"--student {c.student} reads other words than the teacher")
     return teacher, source
 
 
@@ -254,7 +258,7 @@ def show(c, teacher, student, corpus):
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     print(f"student     attention stays in layers {kept}; --stage {c.stage} trains {trained:,} "
           f"of {sum(p.numel() for p in student.parameters()):,} parameters")
-    few = corpus._replace(train=corpus.val[:1])  # in_words would encode all of it
+    few = corpus._replace(train=corpus.val[:1])  # in_words need not encode the text to train on
     glance = in_words(few, teacher.config.merges).val[:GLANCE]
     bits = [evaluate(m, glance, c.seq_len, c.batch_size)[0] for m in (teacher, student)]
     unit = "byte" if teacher.config.vocab == 256 else "token"
@@ -271,12 +275,18 @@ def main(argv):
                 "--kl, --reverse_kl and --ce are all 0; raise one")
         rank, world, device = where = join_processes(pick_device(c.device))
         require(c.stage != "align" or world == 1, "--stage align runs without torchrun")
+        require(c.stage == "all" or c.mixers != "scratch",
+                f"--mixers scratch: all weights are new, and --stage {c.stage} trains a part")
         teacher, source = load_models(c, device, extra)
         corpus = load_text(c.data, teacher.config)
         if c.pseudo:
             text = load_text(c.pseudo, teacher.config).train
             corpus = corpus._replace(train=text, note=f"trains on {c.pseudo} instead")
         torch.manual_seed(c.seed)
+        layers = range(len(source.layers))
+        require(not c.keep_attention or any(keeps_attention(i, c.keep_attention) for i in layers),
+                f"--keep_attention {c.keep_attention} of {len(layers)} layers keeps none; say 0, "
+                "or take a teacher with more layers: train.py --n_layer 8")
         if not extra:
             student = make_student(source, c.keep_attention, c.mixers)
         new = replaced(student, teacher)  # those of earlier stages too

@@ -89,7 +89,7 @@ def generate(model, tokens, count, distribution, generator=None, step=None):
 @torch.inference_mode()
 def compiled_step(model, token):
     """model by torch.compile, which compiles at its first call: make that now, for tokens like token (b, 1), so that an
-    error comes before the text."""
+    error comes before the text. (Attention's growing cache makes it compile once more after the first token.)"""
     print("compiling", file=sys.stderr)
     step = torch.compile(model)
     # contiguous, as drawn tokens are: another stride would compile anew
@@ -108,8 +108,8 @@ def compiled_step(model, token):
 
 @torch.inference_mode()
 def unmask(model, tokens, rounds, distribution, generator=None, mask=MASK, likeliest=False):
-    """Tokens (b, l) with their masks, equally many per row, filled in rounds of equal shares; with rounds = 0 each
-    round fills one.
+    """Tokens (b, l) with their masks, equally many per row, filled in rounds of shares that differ by one at most;
+    with rounds = 0 each round fills one.
 
     A round draws a token for every hole from what is visible before it, and keeps a share of them. At random places,
     one per round, this is the chain rule in a random order, which masked diffusion learns. With likeliest it keeps
@@ -168,10 +168,11 @@ def exact(p, q, onehot):
     does not pass, its token is drawn from instead[i].
 
     Proof that a token has the distribution p if its guess was drawn from q: it comes by acceptance with q min(1, p/q) =
-    min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, where ( )+ is the positive part, since
-    p = min(p, q) + (p - q)+ sums to 1; the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+.
+    min(p, q). A refusal has the probability 1 - sum min(p, q) = sum (p - q)+, where ( )+ is the positive part, since p
+    = min(p, q) + (p - q)+ sums to 1; the token is then drawn from (p - q)+ / sum (p - q)+, which gives (p - q)+.
     Together that is p. A guess that nobody drew is one drawn from q = onehot: it passes with its p, and instead is p
-    without it. Where p <= q, to rounding, (p - q)+ is 0, yet the chance may be just below 1: instead is p there.
+    without it. Where p = q but for rounding, (p - q)+ may be 0 everywhere, yet the guess be refused: instead is p
+    there.
 
     Arrays are torch's, or numpy's of fractions with which the tests enumerate all outcomes.
     """
@@ -274,11 +275,12 @@ class SubwordDrafter(Drafter):
 
     The text may end inside a word, and its words may not be those that were guessed. So the state goes back to where a
     piece began: a run of letters, of signs or of white space (data/bpe.py). No merge crosses a piece's ends, so what
-    comes later does not change the words before it. (A state that has read a refused guess is kept under the new length
-    or more, where no piece begins.) The text from there on is encoded anew, all of its words but the last are read, and
-    the next word is drawn among those that begin with the last. Exactness asks only that each byte was drawn from its
-    row of q, given all that was drawn before it, the ends of words too; reveal gives that row. For example, with the
-    words ab, abc, abcd and all bytes:
+    comes later does not change the words before it. (As in ByteDrafter, a state that has read a refused guess is kept
+    under the new length or more, and there no piece of the text begins.) The text from there on is encoded anew, all of
+    its words but the last are read, and the next word is drawn among those that begin with the last. Exactness asks
+    only that each byte was drawn from its row of q, given all that was drawn before it; reveal gives that row. (Whether
+    a word ends is drawn before its next byte, and judged by nobody: it only decides how many guesses there are.) For
+    example, with the words ab, abc, abcd and all bytes:
 
         text           a b c d x a b     one piece, so the state goes back to that after 0 bytes
         encoded        abcd x ab         abcd x is read: the state after 5 bytes, and the logits of the next word
@@ -301,7 +303,7 @@ class SubwordDrafter(Drafter):
     def draft(self, text, k, distribution, generator):
         length, before, prefix = self.bpe.resume(bytes(text), list(self.states))
         logits, state = self.states[length]
-        self.states = {length: (logits, state)}  # the first is where a piece begins, as resume asks
+        self.states = {length: (logits, state)}  # the first key: a place where a piece begins, for resume
         if before:
             logits, state = read(self.model, before, state)
         self.states[len(text) - len(prefix)] = logits, state
@@ -381,7 +383,7 @@ class Flags:
 def check(c):
     """The rules between flags."""
     require(not c.fill or not c.prompt, "--fill and --prompt exclude each other; leave one out")
-    require(not c.fill or not c.crlf, "--crlf is for --prompt; leave it out")
+    require(not c.fill or not (c.crlf or c.compile), "--crlf and --compile are for --prompt")
     require(c.draft or not c.stats, "--stats is for --draft; leave it out")
     require(sys.stdout and (sys.stdin or c.prompt != "-"), "standard input or output is closed; "
             "open it, or give --prompt TEXT")
@@ -392,7 +394,7 @@ def check(c):
 def first_ckpt():
     """The default --ckpt: the run that train.py makes by default, or before that the same one as it is shipped."""
     path = Path("out/mamba2")
-    if path.exists() or not SHIPPED.exists():
+    if (path / "last.pt").exists() or not SHIPPED.exists():
         return str(path)
     print(f"no {path} yet; this is assets/{SHIPPED.name}, a run that is shipped", file=sys.stderr)
     return str(SHIPPED)

@@ -230,7 +230,7 @@ def distillation_rows(c, root):
     data = "--data shakespeare --seq_len 256"
     if c.quick:
         data = f"--data tests/studies.py --seq_len 16 {QUICK}"
-    shape = "--n_layer 2 --d_model 16" if c.quick else "--n_layer 8 --d_model 64"
+    shape = "--n_layer 8 --d_model 16" if c.quick else "--n_layer 8 --d_model 64"
     teacher = root / "teacher"
     trained(teacher, f"--layer attention {shape} --n_head 2 --batch_size 16 --steps 600 --lr 3e-3 "
             f"{data}")
