@@ -140,7 +140,8 @@ def causal_conv(x, weight, bias, tail, upto=None):
         raise ValueError(f"a state's tail has shape {tuple(tail.shape)}, expected {(b, k - 1, d)}")
     longer = torch.cat([tail.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     end = l if upto is None else upto
-    tail = longer[:, end:end + k - 1].clone()  # a view would keep all of longer
+    # a view would keep all of longer, and strides of its length, for which torch.compile compiles anew
+    tail = longer[:, end:end + k - 1].clone(memory_format=torch.contiguous_format)
     longer = longer.to(torch.promote_types(x.dtype, weight.dtype))
     y = weight.new_zeros(d) if bias is None else bias
     for j, tap in enumerate(weight[:, 0].unbind(1)):

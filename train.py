@@ -756,8 +756,9 @@ def fit(c, where, model, extra, corpus, objective=NEXT, loss_of=None):
         introduce(run)
     model = torch.compile(model) if c.compile else model
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    seconds = 0.1 if sys.stderr.isatty() else 1.0  # between two lines of a file or a notebook
     run.bar = tqdm(total=1.0, initial=min(run.progress, 1.0), disable=run.rank > 0,
-                   dynamic_ncols=True, bar_format=BAR)
+                   mininterval=seconds, dynamic_ncols=True, bar_format=BAR)
     with handled(run.on_signal):
         try:
             with run.bar:

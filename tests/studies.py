@@ -181,18 +181,16 @@ def curves(name, model, val, seq_len):
     length = min(64 * seq_len, len(val))
     stride = max(1, (len(val) - length) // 5)
 
-    def curve(piece=512):
+    def curve(model, piece=512):
         return by_position(window_nats(model, val, length, stride, 1, piece))
 
     if name == "mamba":
         half = seq_len // 2
         sliding = sliding_bpb(window_nats(model, val, seq_len, half, 16), half)
-        plain = curve()
+        plain = curve(model)
         return {"plain": plain, "windowed": [(a, b, sliding) for a, b, _ in plain]}
-    plain = curve(length)  # one piece needs no mask in memory
-    for layer in model.layers:
-        layer.mixer.window = seq_len
-    return {"plain": plain, "windowed": curve()}
+    plain = curve(with_config(model, window=0), length)  # one piece needs no mask in memory
+    return {"plain": plain, "windowed": curve(model)}  # as it was trained
 
 
 # ---------------------------------------------------------------------------------------------------------------------
