@@ -287,9 +287,9 @@ def rotate(x, position, base, scaling=()):
     """
     half = x.shape[3] // 2
     dtype = angle_dtype(x.device)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    frequency = float(base) ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     if scaling:
-        factor, low, high, length = scaling
+        factor, low, high, length = map(float, scaling)
         turns = length * frequency / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
@@ -505,7 +505,7 @@ class Mamba3(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, -1)).to(self.D.dtype) for t in (B, C))
         x = x.unflatten(-1, (self.heads, -1))  # (b, l, nh, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, nh)
-        # as in the code since June 2026: -1 - A, or -1/(1 - A) if A < 0
+        # as in the authors' code since June 2026: -1 - A, or -1/(1 - A) if A < 0, at most -1e-4
         A = -(F.relu(A) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)
         theta = math.pi * torch.tanh(theta)
         y, state = self.recur(x, dt, A, torch.sigmoid(w), theta, self.B_norm(B), self.C_norm(C),
@@ -529,7 +529,8 @@ class Mamba3(nn.Module):
         phi = phi.cumsum(1, dtype=angle_dtype(x.device))
         if state is None:
             no_phi, no_B, no_x = (torch.zeros_like(t[:, 0]) for t in (phi, B, x))
-            state = Mamba3State(no_phi, outer(no_x, no_B), no_B, no_x)  # all zero
+            no_h = outer(no_x, no_B).to(dt.dtype)
+            state = Mamba3State(no_phi.to(dt.dtype), no_h, no_B, no_x)  # all zero
         if state.x.shape != x[:, 0].shape:
             raise ValueError(f"a state's x has shape {tuple(state.x.shape)}, "
                              f"expected {tuple(x[:, 0].shape)}")
@@ -808,7 +809,7 @@ def load(path, device="cpu"):
     try:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             content = read(path, content)
-        if not isinstance(content.get("flags", {}), dict):  # not those of a run
+        if not isinstance(content.get("flags", {}), dict):  # train.py's, kept in extra
             del content["flags"]
         with torch.device("meta"):
             model = make_model(Config(**content.pop("config")))

@@ -385,8 +385,7 @@ def check(c):
     require(not c.fill or not c.prompt, "--fill and --prompt exclude each other; leave one out")
     require(not c.fill or not (c.crlf or c.compile), "--crlf and --compile are for --prompt")
     require(c.draft or not c.stats, "--stats is for --draft; leave it out")
-    require(sys.stdout and (sys.stdin or c.prompt != "-"), "standard input or output is closed; "
-            "open it, or give --prompt TEXT")
+    require(sys.stdin or c.prompt != "-", "standard input is closed; give --prompt TEXT")
     require(not c.draft or not (c.fill or c.compile or c.batch > 1), "--draft speculates on one "
             "text; leave out --fill, --compile and --batch")
 

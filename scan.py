@@ -739,7 +739,7 @@ def _ssd_chunked(u, log_a, B, C, h0, end, size=32):
     parts = _heads_first(*chunks)  # (b count, nh, size, ...)
     no_state = torch.zeros_like(h0[:1])
     ends = _last_state(*parts, no_state).unflatten(0, (b, count))  # 1
-    decays = parts[1].sum(2).exp().unflatten(0, (b, count))  # of whole chunks
+    decays = chunks[1].sum(1).exp().unflatten(0, (b, count))  # of whole chunks
     h = scan(decays[..., None, None], ends, h0, "naive")  # 2: few steps
     starts = torch.cat([h0[:, None], h[:, :-1]], dim=1).flatten(0, 1)
     y = _attend(*parts, starts).transpose(1, 2)  # 3

@@ -91,8 +91,9 @@ def script(main):
     def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        if sys.stderr is None:  # closed (2>&-); print(file=None) would write to standard output
-            sys.stderr = open(os.devnull, "w")
+        # closed (>&-, 2>&-); print(file=None) would write to standard output
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         try:
             status = main(argv)
             print(end="", flush=True)  # fails here rather than at exit
@@ -188,9 +189,9 @@ def keep_memory():
 
 def processes():
     """(rank, number) of the processes that torchrun started; (0, 1) without it."""
-    if "RANK" not in os.environ:  # a cluster may set one of the two
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # a cluster may set one of the two
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join_processes(device):
@@ -420,12 +421,12 @@ FILES = ("last.pt", "best.pt", "log.jsonl")
 
 @contextmanager
 def claim(c):
-    """Makes the folder c.out, which inside is this process's (under torchrun, process 0's): two runs in one folder
-    would destroy each other. UserError if another process has it."""
+    """Makes the folder c.out and keeps other processes from training there within the `with` (under torchrun process 0
+    does): two runs in one folder would destroy each other. UserError if another has it."""
     folder = Path(c.out)
     text = os.path.isdir(c.data) and c.data not in (*KNOWN, *TASKS)
-    inside = text and folder.resolve().is_relative_to(Path(c.data).resolve())
-    require(not inside, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
+    nested = text and folder.resolve().is_relative_to(Path(c.data).resolve())
+    require(not nested, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     with ExitStack() as stack:
         try:
             if processes()[0] == 0:
@@ -530,12 +531,12 @@ class Run:
         self.best_bpb = math.inf
         self.caught = 0  # the signal that this process noted
         self.caught_at = 0.0
-        self.stopped = 0  # the one that process 0 noted and all agreed on
+        self.stopped = 0  # the one that all agreed on, whoever noted it
         self.interruptible = False  # True in a validation by a single process
         self.bar = None  # made by fit
 
-    # A signal is noted (caught). After the step all processes agree on that of process 0 (stopped), the loop ends, and
-    # fit saves last.pt. A validation by a single process ends at once, by a KeyboardInterrupt: it can be repeated.
+    # A signal is noted (caught). After the step all processes agree whether any has noted one (stopped), the loop ends,
+    # and fit saves last.pt. A validation by a single process ends at once, by a KeyboardInterrupt: it can be repeated.
 
     def on_signal(self, number, frame):
         """The first Ctrl-C or SIGTERM is noted, and ends a validation that can be repeated; a second exits."""
@@ -558,7 +559,8 @@ class Run:
         dist.all_reduce(total)  # a sum
         nats, seconds, stopped, steps = total.tolist()
         require(steps == self.step * self.world, "the processes resumed different checkpoints")
-        return nats / self.world, seconds, (self.caught or signal.SIGTERM) if stopped else 0
+        number = self.caught or signal.SIGTERM  # its own, for the exit status
+        return nats / self.world, seconds, number if stopped else 0
 
     @property
     def progress(self):
@@ -617,7 +619,7 @@ class Run:
 
     def validate(self):
         """Validate and, if all is well, save."""
-        if self.world > 1:  # torchrun kills half a minute after a signal
+        if self.world > 1:  # no signal ends it then, and torchrun kills half a minute after one
             self.save("last.pt")
         self.interruptible = self.world == 1  # of several, others would wait
         if self.caught and self.interruptible:  # after the step, for example in a save
@@ -734,7 +736,8 @@ def handled(on_signal):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             main = threading.current_thread() is threading.main_thread()
-            if main and number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            # nohup ignores it; None is a handler that is not Python's
+            if main and number and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 stack.callback(signal.signal, number, signal.signal(number, on_signal))
         yield
 
