@@ -285,7 +285,8 @@ def test_a_stopped_distillation_resumes_exactly(stage, teacher, tmp_path, monkey
     ("--kl -1", ["--kl -1"]), ("--kl 0", ["all 0"]),
     ("--stage align --keep_attention 1", ["--stage align", "--keep_attention 1"]),
     ("--teacher no_such", ["no_such"]), ("--student no_such", ["no_such"]),
-    ("--pseudo no_such", ["no_such"])])
+    ("--pseudo no_such", ["no_such"]), ("--keep_attention 0.1", ["keeps none", "--n_layer 8"]),
+    ("--stage align --mixers scratch", ["--mixers scratch"])])
 def test_bad_flags_are_one_line_and_leave_no_trace(flags, parts, teacher, tmp_path, capsys):
     refused(capsys, [*argv(teacher, tmp_path / "run"), *flags.split()], *parts)
     assert not [*(tmp_path / "run").glob("*")]

@@ -225,6 +225,8 @@ def test_another_models_state_or_another_texts_position_is_refused(kind):
     (dict(d_model=0), "d_model 0 is not from 1"), (dict(window=-5), "window -5"),
     (dict(n_group=0), "n_group 0"), (dict(rope_base=0.0), "rope_base 0.0"),
     (dict(norm_eps=math.nan), "norm_eps nan"), (dict(dropout=1.0), "dropout 1.0"),
+    (dict(block="gated", layers=("s4d",)), "block gated is for an Encoder"),
+    (dict(rope_scaling=(8, 4, 1, 64)), "four positive numbers"),
     (dict(merges=((1, 2, 3),)), "merges"), (dict(n_kv_head=3), "n_head 4 is not a multiple of 3"),
     (dict(d_model=100, n_head=6, n_kv_head=2), "d_model 100 is not .* of 12, .*; try 96 or 108"),
     (dict(layers=("mamba2",), d_model=100, head_dim=32), "of 16, .*; try 96 or 112"),
@@ -273,6 +275,20 @@ def test_rotary_positions_turn_pairs_of_channels():
     angle = torch.arange(1000, 1007)[:, None, None] * frequency
     turned = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angle)
     close(rotate(x, 1000, 10000.0), torch.cat([turned.real, turned.imag], dim=-1))
+
+
+def test_rotary_positions_keep_their_digits_in_a_long_text():
+    """Attention in a window of one text of 2^27 bytes: distances count, to float32's rounding."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 5, 1, 64)
+    near, far = ((rotate(q, p, 10000.0) * rotate(k, p, 10000.0)).sum(-1) for p in (0, 2**27))
+    shifted = (rotate(q, 2**27 + 3, 10000.0) * rotate(k, 2**27, 10000.0)).sum(-1)
+    close(far, near, 1e-5)
+    close(shifted, (rotate(q, 3, 10000.0) * rotate(k, 0, 10000.0)).sum(-1), 1e-5)
+
+
+def test_as_many_heads_of_keys_as_of_queries_unless_said():
+    assert [Config(n_head=n).n_kv_head for n in (2, 8)] == [2, 8] and Config(n_head=8, n_kv_head=2).n_kv_head == 2
 
 
 def test_attention_spelt_out():
