@@ -56,7 +56,8 @@ class Flags(RunFlags):
     kl: float = flag(1.0, "weight of KL(teacher || student)")
     reverse_kl: float = flag(0.0, "weight of KL(student || teacher)")
     ce: float = flag(0.0, "weight of the cross entropy of the training text")
-    pseudo: str = flag("", "train on 90 % of this file, which the teacher wrote (sample.py --raw, or .npy)")
+    pseudo: str = flag("", "train on 90 % of this file, which the teacher wrote "
+                       "(sample.py --raw, or .npy)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,12 +194,12 @@ def align_loss(student, teacher, tokens, new):
     each = []
     x = teacher.embedding(tokens)
     for i, layer in enumerate(teacher.layers):
+        h = layer.norm(x)
+        y, _ = layer.mixer(h, upto=0)
         if i in new:
-            h = layer.norm(x)
-            y, _ = layer.mixer(h, upto=0)
             error = student.layers[i].mixer(h, upto=0)[0] - y
             each.append(error.square().mean() / y.square().mean())
-        x, _ = layer(x, upto=0)
+        x = layer.go_on(x, y)
     return torch.stack(each).mean()
 
 

@@ -73,7 +73,7 @@ class Config:
     impl: str = bounded("auto", one_of=("auto", "triton", *SELECTIVE_SCANS))  # of Mamba's scan
 
     n_head: int = bounded(4, low=1)     # attention
-    n_kv_head: int = 0        # heads of k and v, each for n_head / n_kv_head queries; 0 becomes n_head
+    n_kv_head: int = 0        # heads of k, v, each for n_head / n_kv_head queries; 0 becomes n_head
     window: int = 0           # LM: each position sees the last `window` positions; 0 = all
     rope_base: float = bounded(10000.0, low=1, high=1e30)
     rope_scaling: tuple = ()  # Llama 3.1's four numbers, see rotate
@@ -91,7 +91,8 @@ class Config:
         ropes = self.rope_scaling
         fine = len(ropes) == 4 and all(type(i) in (int, float) and 0 < i < 1e30 for i in ropes)
         require(not ropes or fine and ropes[1] < ropes[2],
-                f"rope_scaling {ropes!r:.80} is not four positive numbers, the second below the third")
+                f"rope_scaling {ropes!r:.80} is not four positive numbers, "
+                "the second below the third")
         self.merges = check_merges(self.merges, self.vocab)
         require(self.layers, "layers is empty: a model needs at least one layer")
         require_one_of("block", self.block, ["", *BLOCKS])
@@ -394,10 +395,14 @@ class Block(nn.Module):
 
     def forward(self, x, state=None, upto=None):
         y, state = self.mixer(self.norm(x), state, upto)
+        return self.go_on(x, y), state
+
+    def go_on(self, x, y):
+        """What comes after the mixer: x is the block's input, y the mixer's output."""
         x = x + self.dropout(y)
         if self.mlp is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, state
+        return x
 
 
 def check_tokens(tokens):

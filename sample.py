@@ -43,7 +43,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     highest = logits.amax(-1, keepdim=True)
-    require(highest.isfinite().all(), "the model's logits are not finite; take an earlier checkpoint")
+    require(highest.isfinite().all(), "the model's logits are not finite; "
+            "take an earlier checkpoint")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = (logits - highest) / max(temperature, 1e-30)  # the largest is 0: no overflow
@@ -303,7 +304,8 @@ class SubwordDrafter(Drafter):
     def draft(self, text, k, distribution, generator):
         length, before, prefix = self.bpe.resume(bytes(text), list(self.states))
         logits, state = self.states[length]
-        self.states = {length: (logits, state)}  # the first key: a place where a piece begins, for resume
+        # its first key is a place where a piece begins, as resume wants
+        self.states = {length: (logits, state)}
         if before:
             logits, state = read(self.model, before, state)
         self.states[len(text) - len(prefix)] = logits, state

@@ -395,7 +395,8 @@ def s4(x, dt, Lambda, P, B, C, D=None, h0=None, upto=None):
     l = x.shape[1]
     end = _steps(upto, l)
     wide, dt = _widen(x, dt)
-    before = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0  # of that shape and dtype
+    # zero, in the shape and dtype of a state
+    before = torch.zeros_like(wide[:, 0, :, None] * B) if h0 is None else h0
     if h0 is None and end == 0:
         return fft_conv(x, s4_kernel(dt, Lambda, P, B, C, l), D), before
     times, Bbar = dplr_discretize(dt, Lambda, P, B)
@@ -579,7 +580,8 @@ class ChunkedSelectiveScan(torch.autograd.Function):
             y[:, s] = (C[:, s, None] @ hs).squeeze(2)
             h = hs[:, -1]  # a view of a buffer, copied into the next start first
         ctx.save_for_backward(x, dt, A, B, C, starts)
-        return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # not the whole buffer
+        # a copy, since a view would keep the whole buffer
+        return y, h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @_differentiable_once
@@ -590,7 +592,8 @@ class ChunkedSelectiveScan(torch.autograd.Function):
         dA = torch.zeros_like(starts[0])  # (b, n, d), summed over b at the end
         chunks = _chunk_slices(b, l, A.numel())
         buffers = x.new_empty(3, b, chunks[0].stop, *A.shape)
-        carry = dh.transpose(1, 2)  # what reaches a chunk's last state from behind: dh, then a_{t+1} g_{t+1}
+        # what reaches a chunk's last state from behind: dh, then a_{t+1} g_{t+1}
+        carry = dh.transpose(1, 2)
         for start, s in zip(reversed(starts.unbind(0)), reversed(chunks)):
             x_s, dt_s, dy_s = (t[:, s] for t in (x, dt, dy))
             u = dt_s * x_s
@@ -1007,7 +1010,8 @@ class _SelectiveTriton(torch.autograd.Function):
         x, dt, B, C = _cut(pieces, x, dt, B, C)
         enter = _entering(x, dt, A, B, h0.mT.contiguous(), pieces, back=False)
         y, last = (torch.empty_like(t) for t in (x, enter))
-        starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)  # states before chunks, of pieces in order
+        # the states before chunks, of all pieces in order
+        starts = A.new_empty(b, math.ceil(l / CHUNK), *A.shape)
         _launch(_walk, len(A), x, dt, A, B, C, D, enter, y, starts, last, FULL=True, BACK=False)
         ctx.save_for_backward(x, dt, A, B, C, D, starts)
         ctx.pieces = pieces

@@ -104,7 +104,7 @@ def script(main):
         except (UserError, MemoryError, RuntimeError, OSError) as e:
             signs = ("out of memory", "allocate", "size calculation overflowed", "too big")
             no_memory = isinstance(e, MemoryError) or any(sign in str(e) for sign in signs)
-            no_memory = no_memory and not isinstance(e, UserError)  # which may name a file "too big"
+            no_memory = no_memory and not isinstance(e, UserError)  # a file may be named "too big"
             if isinstance(e, RuntimeError) and not no_memory:
                 raise
             forget_broken_output()
@@ -429,10 +429,11 @@ def claim(c):
     require(not nested, f"--out {folder} lies in --data {c.data}, and a run is no text to train on")
     with ExitStack() as stack:
         try:
-            if processes()[0] == 0:
+            rank, _ = processes()
+            if rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 require(os.access(folder, os.W_OK), "no permission")
-            if processes()[0] == 0 and fcntl:
+            if rank == 0 and fcntl:
                 lock = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
